@@ -1,0 +1,44 @@
+#include "features.h"
+
+#include "cpu.h"
+
+#include <unistd.h>
+
+#if defined(FN_X86)
+#include <cpuid.h>
+
+/* The operating system saves a register file across task switches only if its bits in XCR0 are set. */
+static uint64_t xcr0(void) {
+    uint32_t low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t)high << 32 | low;
+}
+
+bool fn_cpu_supports(fn_path path) {
+    unsigned a, b, c, d, b7 = 0, ignored;
+    if (path == FN_PATH_SCALAR) return true;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+    if (!(c & bit_OSXSAVE) || !(c & bit_AVX)) return false;
+    if (!__get_cpuid_count(7, 0, &ignored, &b7, &ignored, &ignored)) return false;
+    const uint64_t ymm = 0x06, zmm = 0xe6, enabled = xcr0();
+    const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if (path == FN_PATH_AVX2) return (enabled & ymm) == ymm && (b7 & bit_AVX2) && (c & bit_F16C);
+    if (path == FN_PATH_AVX512) return (enabled & zmm) == zmm && (b7 & avx512) == avx512;
+    return false;
+}
+#else
+bool fn_cpu_supports(fn_path path) {
+#if defined(FN_ARM64)
+    if (path == FN_PATH_NEON) return true;
+#endif
+    return path == FN_PATH_SCALAR;
+}
+#endif
+
+int64_t fn_last_level_cache_bytes(void) {
+    long bytes = -1;
+#if defined(_SC_LEVEL3_CACHE_SIZE)
+    bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+#endif
+    return bytes > 0 ? bytes : (int64_t)32 << 20;
+}

@@ -1,0 +1,171 @@
+/* norm_check.c: a norm's arguments, checked once, become a plan. Nothing is written here, nothing is checked later. */
+#include "norm_check.h"
+
+#include "overlap.h"
+
+#include <math.h>
+#include <stdio.h>
+
+typedef struct {
+    char text[160];
+} shape_text;
+
+static shape_text shape_of(const fn_tensor *a) {
+    shape_text s;
+    size_t used = 0;
+    s.text[used++] = '(';
+    for (int32_t i = 0; i < a->ndim && used < sizeof s.text - 32; i++)
+        used += (size_t)snprintf(s.text + used, sizeof s.text - used, "%s%lld", i ? ", " : "", (long long)a->shape[i]);
+    snprintf(s.text + used, sizeof s.text - used, a->ndim == 1 ? ",)" : ")");
+    return s;
+}
+
+/* ---- shapes --------------------------------------------------------------------------------------------------------- */
+
+static bool same_shape(const fn_tensor *a, const fn_tensor *b) {
+    if (a->ndim != b->ndim) return false;
+    for (int32_t i = 0; i < a->ndim; i++)
+        if (a->shape[i] != b->shape[i]) return false;
+    return true;
+}
+
+static fn_status check_shapes(const char *function, const fn_tensor *const operand[FN_OPERANDS], int64_t *rows) {
+    const fn_tensor *x = operand[FN_X];
+    FN_REQUIRE(x->ndim >= 1, FN_ERROR_VALUE,
+               "%s: %s has no dimensions: it must have at least 1, its last is normalised", function, x->name);
+    const int64_t columns = x->shape[x->ndim - 1];
+    FN_REQUIRE(columns >= 1, FN_ERROR_VALUE, "%s: %s has shape %s: its last dimension must be at least 1", function,
+               x->name, shape_of(x).text);
+    for (int i = FN_RESIDUAL; i < FN_ROW_OPERANDS; i++)
+        FN_REQUIRE(!operand[i] || same_shape(operand[i], x), FN_ERROR_VALUE,
+                   "%s: %s has shape %s, but %s has shape %s: they must be equal", function, operand[i]->name,
+                   shape_of(operand[i]).text, x->name, shape_of(x).text);
+    const fn_tensor *weight = operand[FN_WEIGHT];
+    FN_REQUIRE(!weight || (weight->ndim == 1 && weight->shape[0] == columns), FN_ERROR_VALUE,
+               "%s: weight has shape %s, but %s has rows of length %lld: weight must have shape (%lld,)", function,
+               shape_of(weight).text, x->name, (long long)columns, (long long)columns);
+
+    int64_t count = 1, elements;
+    for (int32_t i = 0; i < x->ndim - 1; i++)
+        if (x->shape[i] == 0) count = 0;
+    for (int32_t i = 0; count && i < x->ndim - 1; i++)
+        FN_REQUIRE(!__builtin_mul_overflow(count, x->shape[i], &count), FN_ERROR_VALUE,
+                   "%s: %s has shape %s: more elements than memory could hold", function, x->name, shape_of(x).text);
+    FN_REQUIRE(!__builtin_mul_overflow(count, columns * 4, &elements), FN_ERROR_VALUE,
+               "%s: %s has shape %s: more elements than memory could hold", function, x->name, shape_of(x).text);
+    *rows = count;
+    return FN_OK;
+}
+
+/* ---- memory --------------------------------------------------------------------------------------------------------- */
+
+static fn_status check_devices(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
+    static const char *const names[] = {[FN_CPU] = "cpu", [FN_CUDA] = "cuda"};
+    const fn_tensor *x = operand[FN_X];
+    for (int i = 0; i < FN_OPERANDS; i++) {
+        const fn_tensor *a = operand[i];
+        if (!a || (a->device_type == x->device_type && a->device_id == x->device_id)) continue;
+        return fn_fail(FN_ERROR_VALUE, "%s: %s is on %s:%d, but %s is on %s:%d: they must be on one device", function,
+                       a->name, names[a->device_type], a->device_id, x->name, names[x->device_type], x->device_id);
+    }
+    return FN_OK;
+}
+
+static fn_status check_writable(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
+    static const int outputs[] = {FN_OUT, FN_RESIDUAL_OUT};
+    for (int i = 0; i < 2; i++) {
+        const fn_tensor *a = operand[outputs[i]];
+        FN_REQUIRE(!a || !a->readonly, FN_ERROR_BUFFER, "%s: %s is read-only: an output must be writable", function,
+                   a->name);
+    }
+    return FN_OK;
+}
+
+/* For arrays that have elements. */
+static fn_status check_memory(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
+    static const struct {
+        fn_operand_index output, own_input;
+    } outputs[] = {{FN_OUT, FN_X}, {FN_RESIDUAL_OUT, FN_RESIDUAL}};
+    for (int i = 0; i < FN_OPERANDS; i++)
+        FN_REQUIRE(!operand[i] || operand[i]->data, FN_ERROR_TYPE, "%s: %s has shape %s but no memory behind it",
+                   function, operand[i]->name, shape_of(operand[i]).text);
+    for (int k = 0; k < 2; k++) {
+        const fn_tensor *out = operand[outputs[k].output], *own = operand[outputs[k].own_input];
+        if (!out) continue;
+        FN_REQUIRE(
+            !fn_may_overlap_itself(out), FN_ERROR_VALUE,
+            "%s: elements of %s overlap each other (a stride of 0, say): an output needs memory of its own for each",
+            function, out->name);
+        for (int i = 0; i < FN_OPERANDS; i++) {
+            const fn_tensor *other = operand[i];
+            if (!other || i == (int)outputs[k].output || (other == own && fn_same_view(out, own))) continue;
+            FN_REQUIRE(
+                !fn_may_overlap(out, other), FN_ERROR_VALUE,
+                "%s: %s overlaps %s: an output may be exactly %s (memory, shape, strides and dtype), and must not "
+                "overlap anything else",
+                function, out->name, other->name, own->name);
+        }
+    }
+    return FN_OK;
+}
+
+/* ---- the plan ------------------------------------------------------------------------------------------------------- */
+
+static void merge_leading_dimensions(fn_norm_plan *plan, const fn_tensor *const operand[FN_OPERANDS]) {
+    const fn_tensor *x = operand[FN_X];
+    int32_t used = 0;
+    for (int32_t i = 0; i < x->ndim - 1; i++) {
+        if (x->shape[i] == 1) continue;
+        bool merges = used > 0;
+        for (int k = 0; merges && k < FN_ROW_OPERANDS; k++)
+            if (operand[k] && plan->leading_stride[k][used - 1] != operand[k]->stride_bytes[i] * x->shape[i])
+                merges = false;
+        if (merges) used--;
+        plan->leading_shape[used] = merges ? plan->leading_shape[used] * x->shape[i] : x->shape[i];
+        for (int k = 0; k < FN_ROW_OPERANDS; k++)
+            if (operand[k]) plan->leading_stride[k][used] = operand[k]->stride_bytes[i];
+        used++;
+    }
+    plan->leading_ndim = used;
+}
+
+fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
+    const char *function = args->function ? args->function : "norm";
+    const fn_tensor *const operand[FN_OPERANDS] = {
+        [FN_X] = args->x,           [FN_RESIDUAL] = args->residual, [FN_POST] = args->post_residual_addition,
+        [FN_WEIGHT] = args->weight, [FN_OUT] = args->out,           [FN_RESIDUAL_OUT] = args->residual_out,
+    };
+    FN_REQUIRE(args->x && args->out && !args->residual == !args->residual_out &&
+                   (args->residual || !args->post_residual_addition),
+               FN_ERROR_VALUE, "%s: x and out must be given, residual and residual_out together", function);
+    plan->eps = (float)args->eps;
+    plan->weight_offset = (float)args->weight_offset;
+    FN_REQUIRE(args->eps >= 0 && isfinite(plan->eps), FN_ERROR_VALUE,
+               "%s: eps is %g: it must be at least 0 and finite in float32", function, args->eps);
+    FN_REQUIRE(isfinite(plan->weight_offset), FN_ERROR_VALUE, "%s: weight_offset is %g: it must be finite in float32",
+               function, args->weight_offset);
+    FN_REQUIRE(args->weight || args->weight_offset == 0, FN_ERROR_VALUE,
+               "%s: weight_offset is %g, but weight is None: without a weight it must be 0", function,
+               args->weight_offset);
+    FN_TRY(check_devices(function, operand));
+    FN_TRY(check_shapes(function, operand, &plan->rows));
+    FN_TRY(check_writable(function, operand));
+    if (plan->rows == 0) return FN_OK;
+    FN_TRY(check_memory(function, operand));
+
+    plan->columns = args->x->shape[args->x->ndim - 1];
+    plan->contiguous = true;
+    plan->cast_x_before_out_mul = args->cast_x_before_out_mul;
+    plan->round_sum = args->residual ? args->round_sum : FN_SUM_FP32;
+    for (int i = 0; i < FN_OPERANDS; i++) {
+        const fn_tensor *a = operand[i];
+        if (!a) {
+            plan->operand[i] = (fn_operand){NULL, 0, FN_FLOAT32};
+            continue;
+        }
+        plan->operand[i] = (fn_operand){a->data, a->stride_bytes[a->ndim - 1], a->dtype};
+        if (plan->columns > 1 && plan->operand[i].column_stride != fn_dtypes[a->dtype].bytes) plan->contiguous = false;
+    }
+    merge_leading_dimensions(plan, operand);
+    return FN_OK;
+}

@@ -1,0 +1,168 @@
+/* array.c: any object -> fn_array. A type is looked at once; from then on its door is one pointer comparison away. */
+#include "binding.h"
+
+int fn_raise(fn_status status) {
+    PyObject *const exceptions[FN_STATUS_COUNT] = {
+        [FN_OK] = PyExc_SystemError,
+        [FN_ERROR_TYPE] = PyExc_TypeError,
+        [FN_ERROR_VALUE] = PyExc_ValueError,
+        [FN_ERROR_BUFFER] = PyExc_BufferError,
+        [FN_ERROR_RUNTIME] = PyExc_RuntimeError,
+        [FN_ERROR_MEMORY] = PyExc_MemoryError,
+    };
+    PyErr_SetString(exceptions[status], fn_error_text());
+    return -1;
+}
+
+const char *fn_type_name(PyObject *object) { return object == Py_None ? "None" : Py_TYPE(object)->tp_name; }
+
+/* ---- doors ---------------------------------------------------------------------------------------------------------- */
+
+static bool is_jax_type(PyTypeObject *type) {
+    PyObject *module = PyObject_GetAttrString((PyObject *)type, "__module__");
+    const char *text = module && PyUnicode_Check(module) ? PyUnicode_AsUTF8(module) : NULL;
+    const bool jax = text && (strncmp(text, "jax.", 4) == 0 || strncmp(text, "jaxlib.", 7) == 0);
+    Py_XDECREF(module);
+    PyErr_Clear();
+    return jax;
+}
+
+/* PyObject_HasAttr, but an exception other than AttributeError counts as an error. 1, 0 or -1. */
+static int has_attribute(PyTypeObject *type, PyObject *name) {
+    PyObject *attribute = PyObject_GetAttr((PyObject *)type, name);
+    if (attribute) {
+        Py_DECREF(attribute);
+        return 1;
+    }
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+    PyErr_Clear();
+    return 0;
+}
+
+static int refuse(PyObject *exception, const char *function, const fn_array *array, const char *reason) {
+    PyErr_Format(exception, "%s: %s is a %s%s", function, array->view.name, fn_type_name(array->object), reason);
+    return -1;
+}
+
+static int find_door(fn_state *state, const char *function, const fn_array *array, fn_door_info *info) {
+    PyObject *object = array->object; /* borrowed */
+    PyTypeObject *type = Py_TYPE(object);
+    *info = (fn_door_info){FN_DOOR_DLPACK, NULL};
+    if (type == state->memmap) {
+        info->door = FN_DOOR_NDARRAY;
+        return 0;
+    }
+    if (fn_is_ndarray(object))
+        return refuse(
+            PyExc_TypeError, function, array,
+            ", a subclass of numpy.ndarray whose meaning would be lost: pass numpy.asarray of it, or its data");
+    if (fn_torch_ready(state) < 0) return -1;
+    if (state->torch.ready) {
+        if (type == state->torch.tensor || type == state->torch.parameter) {
+            *info = (fn_door_info){FN_DOOR_TORCH, state->torch.api};
+            return 0;
+        }
+        if (PyType_IsSubtype(type, state->torch.tensor))
+            return refuse(PyExc_TypeError, function, array,
+                          ", a subclass of torch.Tensor: only torch.Tensor and torch.nn.Parameter are taken "
+                          "(x.as_subclass(torch.Tensor) where the memory is an ordinary tensor's)");
+    }
+    info->api = fn_exchange_api_of(state, type);
+    if (info->api) {
+        info->door = FN_DOOR_EXCHANGE;
+        return 0;
+    }
+    if (PyErr_Occurred()) return -1;
+    int found = has_attribute(type, state->text_dlpack);
+    if (found < 0) return -1;
+    if (found) {
+        if (is_jax_type(type)) info->door = FN_DOOR_JAX;
+        return 0;
+    }
+    found = has_attribute(type, state->text_cuda_interface);
+    if (found < 0) return -1;
+    if (found)
+        return refuse(PyExc_RuntimeError, function, array,
+                      ", a CUDA array, but this fusednorm was built without CUDA: only arrays in CPU memory are taken");
+    return refuse(PyExc_TypeError, function, array,
+                  ": it must be an array (numpy.ndarray, torch.Tensor, jax.Array or anything with __dlpack__)");
+}
+
+int fn_array_open(fn_state *state, const char *function, const char *name, PyObject *object, fn_array *array) {
+    array->view.name = name;
+    array->object = object;
+    array->versioned = NULL;
+    array->legacy = NULL;
+    array->copied = false;
+    if (fn_is_exact_ndarray(object)) {
+        array->through = (fn_door_info){FN_DOOR_NDARRAY, NULL};
+        return 0;
+    }
+    PyTypeObject *type = Py_TYPE(object);
+    const size_t slot = ((uintptr_t)type >> 4 ^ (uintptr_t)type >> 10) % FN_DOOR_CACHE;
+    if (state->doors[slot].type == type) {
+        array->through = state->doors[slot].info;
+        return 0;
+    }
+    if (find_door(state, function, array, &array->through) < 0) return -1;
+    Py_XSETREF(state->doors[slot].type, (PyTypeObject *)Py_NewRef((PyObject *)type));
+    state->doors[slot].info = array->through;
+    return 0;
+}
+
+static bool runs_python(fn_door door) { return door == FN_DOOR_DLPACK || door == FN_DOOR_JAX; }
+
+int fn_array_import_foreign(fn_state *state, const char *function, fn_array *array) {
+    return runs_python(array->through.door) ? fn_import_capsule(state, function, array) : 0;
+}
+
+int fn_array_import_native(fn_state *state, const char *function, fn_array *array, bool own) {
+    if (runs_python(array->through.door)) return 0;
+    fn_array_close(array);
+    switch (array->through.door) {
+    case FN_DOOR_NDARRAY: return fn_import_ndarray(state, function, array);
+    case FN_DOOR_TORCH: return fn_import_torch(state, function, array, own);
+    case FN_DOOR_EXCHANGE:
+    case FN_DOOR_DLPACK:
+    case FN_DOOR_JAX: break;
+    }
+    return fn_import_exchange(function, array, own);
+}
+
+void fn_array_close(fn_array *array) {
+    dl_managed_tensor_versioned *versioned = array->versioned;
+    dl_managed_tensor *legacy = array->legacy;
+    array->versioned = NULL;
+    array->legacy = NULL;
+    if (versioned && versioned->deleter) versioned->deleter(versioned);
+    if (legacy && legacy->deleter) legacy->deleter(legacy);
+}
+
+/* ---- results -------------------------------------------------------------------------------------------------------- */
+
+PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype) {
+    switch (like->through.door) {
+    case FN_DOOR_NDARRAY: return fn_ndarray_allocate(state, function, like, dtype);
+    case FN_DOOR_TORCH: return fn_torch_allocate(state, like, dtype);
+    case FN_DOOR_EXCHANGE: return fn_exchange_allocate(function, like, dtype);
+    case FN_DOOR_DLPACK:
+    case FN_DOOR_JAX: break;
+    }
+    if (!PyObject_HasAttr(like->object, state->text_array_namespace)) {
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s is a %s, which has no __array_namespace__ to make a result with: give the outputs "
+                     "(out=, and residual_out= where there is one)",
+                     function, like->view.name, fn_type_name(like->object));
+        return NULL;
+    }
+    return fn_buffer_new(state, like, dtype);
+}
+
+PyObject *fn_array_deliver(fn_state *state, const fn_array *like, PyObject *allocated) {
+    if (!runs_python(like->through.door)) return allocated;
+    PyObject *namespace = PyObject_CallMethodNoArgs(like->object, state->text_array_namespace);
+    PyObject *result = namespace ? PyObject_CallMethodOneArg(namespace, state->text_from_dlpack, allocated) : NULL;
+    Py_XDECREF(namespace);
+    Py_DECREF(allocated);
+    return result;
+}

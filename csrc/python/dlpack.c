@@ -1,0 +1,364 @@
+/* dlpack.c: DLPack in (capsules, and the C exchange API) and out (fn_buffer, the memory of results that a framework then
+ * takes over by its own from_dlpack). */
+#include "binding.h"
+
+#include <stdlib.h>
+
+/* ---- one DLTensor, whoever lent it ------------------------------------------------------------------------------------ */
+
+static int refuse_dtype(const char *function, const fn_array *array, dl_dtype dtype) {
+    static const char *const kinds[] = {
+        [0] = "int", [1] = "uint", [2] = "float", [3] = "handle", [4] = "bfloat", [5] = "complex", [6] = "bool"};
+    const char *kind = dtype.code < sizeof kinds / sizeof kinds[0] ? kinds[dtype.code] : "type code ";
+    if (dtype.code < sizeof kinds / sizeof kinds[0] && dtype.lanes == 1)
+        PyErr_Format(PyExc_TypeError, "%s: %s has dtype %s%d: it must be " FN_DTYPES_ALLOWED, function,
+                     array->view.name, kind, (int)dtype.bits);
+    else
+        PyErr_Format(PyExc_TypeError,
+                     "%s: %s has DLPack dtype code %d, %d bits, %d lanes: it must be " FN_DTYPES_ALLOWED, function,
+                     array->view.name, (int)dtype.code, (int)dtype.bits, (int)dtype.lanes);
+    return -1;
+}
+
+static int refuse_tensor(const char *function, const fn_array *array, const char *reason) {
+    PyErr_Format(PyExc_BufferError, "%s: %s exports a malformed DLPack tensor: %s", function, array->view.name, reason);
+    return -1;
+}
+
+static int check_device(const char *function, fn_array *array, dl_device device) {
+    switch (device.type) {
+    case DL_CPU:
+    case DL_CUDA_HOST: /* pinned, the CPU's own memory */
+        array->view.device_type = FN_CPU;
+        array->view.device_id = 0;
+        return 0;
+    case DL_CUDA:
+    case DL_CUDA_MANAGED:
+        PyErr_Format(
+            PyExc_RuntimeError,
+            "%s: %s is on cuda:%d, but this fusednorm was built without CUDA: only arrays in CPU memory are taken",
+            function, array->view.name, (int)device.id);
+        return -1;
+    default:
+        PyErr_Format(PyExc_ValueError, "%s: %s is on DLPack device type %d: it must be in CPU memory", function,
+                     array->view.name, (int)device.type);
+        return -1;
+    }
+}
+
+/* Copies what a borrowed tensor says: its shape and strides may not outlive the next call into Python. */
+static int take_tensor(const char *function, fn_array *array, const dl_tensor *tensor, bool readonly) {
+    fn_tensor *view = &array->view;
+    int dtype = 0;
+    while (dtype < FN_DTYPE_COUNT && (tensor->dtype.code != fn_dtypes[dtype].dlpack_code ||
+                                      tensor->dtype.bits != 8 * fn_dtypes[dtype].bytes || tensor->dtype.lanes != 1))
+        dtype++;
+    if (dtype == FN_DTYPE_COUNT) return refuse_dtype(function, array, tensor->dtype);
+    if (check_device(function, array, tensor->device) < 0) return -1;
+    if (tensor->ndim < 0 || tensor->ndim > FN_MAX_NDIM)
+        return refuse_tensor(function, array, "its number of dimensions is not in 0 to 64");
+    if (tensor->ndim > 0 && !tensor->shape) return refuse_tensor(function, array, "its shape is NULL");
+    const int64_t bytes = fn_dtypes[dtype].bytes;
+    int64_t compact = bytes;
+    for (int32_t i = tensor->ndim - 1; i >= 0; i--) {
+        const int64_t size = tensor->shape[i];
+        if (size < 0) return refuse_tensor(function, array, "a dimension is negative");
+        array->shape[i] = size;
+        if (!tensor->strides) array->stride_bytes[i] = compact;
+        else if (__builtin_mul_overflow(tensor->strides[i], bytes, &array->stride_bytes[i]))
+            return refuse_tensor(function, array, "a stride does not fit 64 bits");
+        if (size > 0 && __builtin_mul_overflow(compact, size, &compact) && !tensor->strides)
+            return refuse_tensor(function, array, "its size does not fit 64 bits");
+    }
+    view->data = tensor->data ? (char *)tensor->data + tensor->byte_offset : NULL;
+    view->shape = array->shape;
+    view->stride_bytes = array->stride_bytes;
+    view->ndim = tensor->ndim;
+    view->dtype = (fn_dtype)dtype;
+    view->readonly = readonly;
+    return 0;
+}
+
+static int take_versioned(const char *function, fn_array *array, dl_managed_tensor_versioned *managed) {
+    array->versioned = managed;
+    if (managed->version.major != 1) {
+        PyErr_Format(PyExc_BufferError, "%s: %s exports DLPack %u.%u: version 1 is understood", function,
+                     array->view.name, managed->version.major, managed->version.minor);
+        return -1;
+    }
+    array->copied = (managed->flags & DL_FLAG_IS_COPIED) != 0;
+    return take_tensor(function, array, &managed->tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0);
+}
+
+/* ---- the C exchange API ----------------------------------------------------------------------------------------------- */
+
+const dl_exchange_api *fn_exchange_api_of(fn_state *state, PyTypeObject *type) {
+    PyObject *capsule = PyObject_GetAttr((PyObject *)type, state->text_exchange_api);
+    if (!capsule) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
+        return NULL;
+    }
+    /* DLPack 1.2 drafts put an integer here; such a type has __dlpack__ as well. */
+    const dl_exchange_api *api =
+        PyCapsule_IsValid(capsule, "dlpack_exchange_api") ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+    Py_DECREF(capsule); /* the table is immortal */
+    while (api && api->header.version.major != 1) api = (const dl_exchange_api *)api->header.previous;
+    return api;
+}
+
+/* A producer may fail without an exception, or with one that does not say which argument it is about. */
+static int lend_failed(const char *function, const fn_array *array) {
+    PyObject *type, *value, *traceback;
+    PyErr_Fetch(&type, &value, &traceback);
+    if (!type)
+        PyErr_Format(PyExc_BufferError, "%s: %s is a %s that did not lend its memory and did not say why", function,
+                     array->view.name, fn_type_name(array->object));
+    else if (!PyErr_GivenExceptionMatches(type, PyExc_Exception) ||
+             PyErr_GivenExceptionMatches(type, PyExc_MemoryError)) {
+        PyErr_Restore(type, value, traceback);
+        return -1;
+    } else
+        PyErr_Format(PyExc_TypeError, "%s: %s is a %s that cannot lend its memory: %S", function, array->view.name,
+                     fn_type_name(array->object), value ? value : type);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    return -1;
+}
+
+int fn_import_exchange(const char *function, fn_array *array, bool own) {
+    const dl_exchange_api *api = array->through.api;
+    if (!own && api->borrow_from_object) {
+        dl_tensor tensor;
+        if (api->borrow_from_object(array->object, &tensor) != 0) return lend_failed(function, array);
+        return take_tensor(function, array, &tensor, false);
+    }
+    dl_managed_tensor_versioned *managed = NULL;
+    if (api->managed_from_object(array->object, &managed) != 0 || !managed) return lend_failed(function, array);
+    return take_versioned(function, array, managed);
+}
+
+typedef struct {
+    char text[200];
+} allocation_error;
+
+static void set_allocation_error(void *context, const char *kind, const char *message) {
+    PyOS_snprintf(((allocation_error *)context)->text, sizeof((allocation_error *)context)->text, "%s: %s",
+                  kind ? kind : "error", message ? message : "");
+}
+
+PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dtype dtype) {
+    const dl_exchange_api *api = like->through.api;
+    int64_t shape[FN_MAX_NDIM];
+    memcpy(shape, like->shape, sizeof shape[0] * (size_t)like->view.ndim);
+    dl_tensor prototype = {
+        .device = {DL_CPU, 0},
+        .ndim = like->view.ndim,
+        .dtype = {(uint8_t)fn_dtypes[dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[dtype].bytes), 1},
+        .shape = shape,
+    };
+    allocation_error error = {"no reason given"};
+    dl_managed_tensor_versioned *managed = NULL;
+    void *result = NULL;
+    if (!api->allocate || !api->managed_to_object ||
+        api->allocate(&prototype, &managed, &error, set_allocation_error) != 0 || !managed) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_RuntimeError,
+                         "%s: a result like %s, a %s, could not be allocated (%s): give the outputs", function,
+                         like->view.name, fn_type_name(like->object), error.text);
+        return NULL;
+    }
+    if (api->managed_to_object(managed, &result) != 0) return NULL;
+    return result;
+}
+
+/* ---- capsules ----------------------------------------------------------------------------------------------------------- */
+
+/* 0 with *type = the device, or -1. */
+static int capsule_device(fn_state *state, const char *function, fn_array *array) {
+    PyObject *pair = PyObject_CallMethodNoArgs(array->object, state->text_dlpack_device);
+    if (!pair) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+        PyErr_Clear(); /* the capsule will say */
+        return 0;
+    }
+    int type = 0, id = 0, overflow = 0;
+    if (PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2) {
+        type = (int)PyLong_AsLongAndOverflow(PyTuple_GET_ITEM(pair, 0), &overflow);
+        if (!PyErr_Occurred()) id = (int)PyLong_AsLongAndOverflow(PyTuple_GET_ITEM(pair, 1), &overflow);
+    } else {
+        PyErr_Format(PyExc_TypeError, "%s: %s.__dlpack_device__() returned %R: it must be a pair of integers", function,
+                     array->view.name, pair);
+    }
+    Py_DECREF(pair);
+    if (PyErr_Occurred()) return -1;
+    return check_device(function, array, (dl_device){type, id});
+}
+
+static PyObject *call_dlpack(fn_state *state, PyObject *object) {
+    PyObject *arguments[] = {object, state->max_version};
+    PyObject *capsule = PyObject_VectorcallMethod(state->text_dlpack, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET,
+                                                  state->max_version_keywords);
+    if (capsule || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
+    PyErr_Clear(); /* a producer from before DLPack 1.0 takes no max_version */
+    return PyObject_CallMethodNoArgs(object, state->text_dlpack);
+}
+
+int fn_import_capsule(fn_state *state, const char *function, fn_array *array) {
+    if (capsule_device(state, function, array) < 0) return -1;
+    PyObject *capsule = call_dlpack(state, array->object);
+    if (!capsule) return -1;
+    int result = -1;
+    if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
+        dl_managed_tensor_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
+        if (PyCapsule_SetName(capsule, "used_dltensor_versioned") == 0)
+            result = take_versioned(function, array, managed);
+    } else if (PyCapsule_IsValid(capsule, "dltensor")) {
+        dl_managed_tensor *managed = PyCapsule_GetPointer(capsule, "dltensor");
+        if (PyCapsule_SetName(capsule, "used_dltensor") == 0) {
+            array->legacy = managed;
+            result = take_tensor(function, array, &managed->tensor, false);
+        }
+    } else if (PyCapsule_CheckExact(capsule)) {
+        const char *name = PyCapsule_GetName(capsule);
+        PyErr_Clear();
+        PyErr_Format(PyExc_BufferError,
+                     "%s: %s.__dlpack__() returned a capsule named \"%s\": it must be \"dltensor_versioned\" or "
+                     "\"dltensor\", and unused",
+                     function, array->view.name, name ? name : "");
+    } else {
+        PyErr_Format(PyExc_TypeError, "%s: %s.__dlpack__() returned a %s: it must be a capsule", function,
+                     array->view.name, fn_type_name(capsule));
+    }
+    Py_DECREF(capsule);
+    return result;
+}
+
+/* ---- fn_buffer: memory of ours, for a framework to take over -------------------------------------------------------------- */
+
+enum { BUFFER_ALIGNMENT = 64 }; /* what JAX needs to share memory and not copy it */
+
+typedef struct {
+    PyObject_HEAD void *memory;
+    int32_t ndim;
+    fn_dtype dtype;
+    int64_t shape[FN_MAX_NDIM], strides[FN_MAX_NDIM];
+} fn_buffer;
+
+PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
+    fn_buffer *buffer = PyObject_New(fn_buffer, state->buffer_type);
+    if (!buffer) return NULL;
+    buffer->ndim = like->view.ndim;
+    buffer->dtype = dtype;
+    int64_t elements = 1;
+    for (int32_t i = like->view.ndim - 1; i >= 0; i--) {
+        buffer->shape[i] = like->shape[i];
+        buffer->strides[i] = elements;
+        if (__builtin_mul_overflow(elements, like->shape[i], &elements)) elements = INT64_MAX / 8;
+    }
+    const size_t bytes =
+        ((size_t)elements * (size_t)fn_dtypes[dtype].bytes + BUFFER_ALIGNMENT) & ~(size_t)(BUFFER_ALIGNMENT - 1);
+    buffer->memory = aligned_alloc(BUFFER_ALIGNMENT, bytes);
+    if (!buffer->memory) {
+        Py_DECREF(buffer);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)buffer;
+}
+
+static void buffer_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    free(((fn_buffer *)self)->memory);
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static void release_owner(void *owner) {
+    const PyGILState_STATE gil = PyGILState_Ensure(); /* a consumer may drop a tensor on any thread */
+    Py_DECREF((PyObject *)owner);
+    PyGILState_Release(gil);
+}
+
+static void delete_versioned(dl_managed_tensor_versioned *managed) {
+    release_owner(managed->context);
+    free(managed);
+}
+
+static void delete_legacy(dl_managed_tensor *managed) {
+    release_owner(managed->context);
+    free(managed);
+}
+
+/* Runs when a capsule dies; one that was consumed has another name. */
+static void drop_versioned(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) return;
+    delete_versioned(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+}
+
+static void drop_legacy(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    delete_legacy(PyCapsule_GetPointer(capsule, "dltensor"));
+}
+
+static dl_tensor buffer_tensor(fn_buffer *buffer) {
+    return (dl_tensor){
+        .data = buffer->memory,
+        .device = {DL_CPU, 0},
+        .ndim = buffer->ndim,
+        .dtype = {(uint8_t)fn_dtypes[buffer->dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[buffer->dtype].bytes), 1},
+        .shape = buffer->shape,
+        .strides = buffer->strides,
+    };
+}
+
+static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keywords) {
+    static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
+    PyObject *stream = NULL, *max_version = NULL, *device = NULL, *copy = NULL; /* borrowed */
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy))
+        return NULL;
+    const bool versioned = max_version && PyTuple_Check(max_version) && PyTuple_GET_SIZE(max_version) > 0 &&
+                           PyLong_AsLong(PyTuple_GET_ITEM(max_version, 0)) >= 1;
+    if (PyErr_Occurred()) return NULL;
+    PyObject *capsule;
+    if (versioned) {
+        dl_managed_tensor_versioned *managed = malloc(sizeof *managed);
+        if (!managed) return PyErr_NoMemory();
+        *managed = (dl_managed_tensor_versioned){
+            {1, 0}, Py_NewRef(self), delete_versioned, 0, buffer_tensor((fn_buffer *)self)};
+        capsule = PyCapsule_New(managed, "dltensor_versioned", drop_versioned);
+        if (!capsule) delete_versioned(managed);
+    } else {
+        dl_managed_tensor *managed = malloc(sizeof *managed);
+        if (!managed) return PyErr_NoMemory();
+        *managed = (dl_managed_tensor){buffer_tensor((fn_buffer *)self), Py_NewRef(self), delete_legacy};
+        capsule = PyCapsule_New(managed, "dltensor", drop_legacy);
+        if (!capsule) delete_legacy(managed);
+    }
+    return capsule;
+}
+
+static PyObject *buffer_dlpack_device(PyObject *self, PyObject *unused) {
+    (void)self;
+    (void)unused;
+    return Py_BuildValue("(ii)", DL_CPU, 0);
+}
+
+static PyMethodDef buffer_methods[] = {
+    {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"__dlpack_device__", buffer_dlpack_device, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_doc, "Memory of a result, on its way to a framework's from_dlpack."},
+    {Py_tp_methods, buffer_methods},
+    {Py_tp_dealloc, buffer_dealloc},
+    {0, NULL},
+};
+
+PyType_Spec fn_buffer_spec = {
+    .name = "fusednorm._core._Buffer",
+    .basicsize = sizeof(fn_buffer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = buffer_slots,
+};

@@ -1,0 +1,68 @@
+/* docs.h: the docstrings of the compiled functions. The line before `--` is the signature that inspect and help() show. */
+#ifndef FUSEDNORM_DOCS_H
+#define FUSEDNORM_DOCS_H
+
+#define DOC_ARRAYS                                                                                                     \
+    "Arrays may be numpy.ndarray (bfloat16 through ml_dtypes), torch.Tensor, jax.Array or anything with\n"             \
+    "__dlpack__; each is float32, float16 or bfloat16, independently, with any strides and alignment.\n"               \
+    "A new array is C-contiguous and belongs to x's framework.\n"
+
+#define DOC_ERRORS                                                                                                     \
+    "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping\n"                 \
+    "outputs), BufferError (a read-only output) or RuntimeError (a tensor that requires grad in grad mode,\n"          \
+    "a CUDA array, FUSEDNORM_CPU) that names the argument; nothing has been written then.\n"
+
+#define DOC_RMS_NORM                                                                                                   \
+    "rms_norm($module, x, weight=None, eps=1e-06, *, weight_offset=0.0, cast_x_before_out_mul=False, "                 \
+    "out=None, out_dtype=None, stream=None)\n--\n\n"                                                                   \
+    "x / sqrt(mean(x**2, -1) + eps) * (weight + weight_offset), in float32, rounded once.\n\n"                         \
+    "x: (..., H), H >= 1. weight: (H,), or None for no multiplication. eps >= 0.\n"                                    \
+    "weight_offset: added to the weight in float32 (Gemma: 1.0).\n"                                                    \
+    "cast_x_before_out_mul: round the normalised value to x's dtype before the weight (Hugging Face Llama).\n"         \
+    "out: array of x's shape to write, which may be x itself. out_dtype: of a new result; x's by default.\n"           \
+    "stream: for CUDA arrays; must be None here.\n"                                                                    \
+    "Returns out.\n\n" DOC_ARRAYS "\n"                                                                                 \
+    "The bits of a row depend on its values, H, the dtypes and the options alone: not on the batch, strides,\n"        \
+    "alignment, threads or processor. docs/numerics.md states every rounding.\n\n" DOC_ERRORS
+
+#define DOC_FUSED_ADD_RMSNORM                                                                                          \
+    "fused_add_rmsnorm($module, x, residual, weight=None, eps=1e-06, *, post_residual_addition=None, "                 \
+    "weight_offset=0.0, cast_x_before_out_mul=False, round_sum=False, out=None, residual_out=None, "                   \
+    "out_dtype=None, inplace=True, stream=None)\n--\n\n"                                                               \
+    "s = x + residual (+ post_residual_addition); residual_out = s; out = rms_norm(s, weight, ...).\n\n"               \
+    "x, residual, post_residual_addition: (..., H). weight: (H,), or None.\n"                                          \
+    "round_sum: False normalises the float32 sum (FlashInfer); True rounds it to residual_out's dtype first\n"         \
+    "(transformers, vLLM); 'after_variance' takes the variance from the float32 sum and normalises the rounded.\n"     \
+    "inplace: True writes x and residual where out and residual_out are not given (FlashInfer's, SGLang's and\n"       \
+    "vLLM's convention); False makes new arrays for those, and is the only form for JAX.\n"                            \
+    "An output may be exactly its own input (out: x, residual_out: residual) and must not overlap anything else.\n"    \
+    "eps, weight_offset, cast_x_before_out_mul, out_dtype, stream: as in rms_norm.\n"                                  \
+    "Returns (out, residual_out).\n\n" DOC_ARRAYS "\n" DOC_ERRORS
+
+#define DOC_RMS_NORM_BATCH_INVARIANT                                                                                   \
+    "rms_norm_batch_invariant($module, input, normalized_shape, weight=None, eps=None, *, out=None, "                  \
+    "stream=None)\n--\n\n"                                                                                             \
+    "rms_norm with the signature of aten::rms_norm.\n\n"                                                               \
+    "input: (..., H). normalized_shape: H, (H,) or [H]; other dimensions cannot be normalised.\n"                      \
+    "weight None means ones. eps None means finfo(input.dtype).eps, as PyTorch documents (some of its versions\n"      \
+    "use float32's eps for float16 and bfloat16: pass eps where that matters).\n"                                      \
+    "Returns out.\n\n" DOC_ARRAYS "\n" DOC_ERRORS
+
+#define DOC_INFO                                                                                                       \
+    "info($module, /)\n--\n\n"                                                                                         \
+    "What was built and what this machine can run: a new dict with version, compiler, cpu (path, built,\n"             \
+    "available, threading, num_threads) and cuda (built, available, reason)."
+
+#define DOC_GET_NUM_THREADS                                                                                            \
+    "get_num_threads($module, /)\n--\n\n"                                                                              \
+    "Threads that one large call on the CPU may use. Starts at OMP_NUM_THREADS or the number of processors."
+
+#define DOC_SET_NUM_THREADS                                                                                            \
+    "set_num_threads($module, n, /)\n--\n\n"                                                                           \
+    "Sets the threads, n >= 1, that one large call on the CPU may use, for the whole process. No bit depends on it."
+
+#define DOC_FORCE_CPU_PATH                                                                                             \
+    "_force_cpu_path($module, name, /)\n--\n\n"                                                                        \
+    "For tests: run the named CPU path from now on; None returns to the automatic choice."
+
+#endif
