@@ -1,0 +1,130 @@
+"""The command line of the audit."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import plot, report
+from .measure import OPERATIONS
+from .operands import DTYPES, sources
+from .progress import progress_bar
+from .run import Options, audit, find
+
+SUMMARY = "count what every RMSNorm found here rounds differently from the exact result"
+DESCRIPTION = """Compares every RMSNorm found in this installation (fusednorm under each preset, NumPy, and those of PyTorch and
+transformers where they are installed) with the exact result at Hugging Face's rounding points, with HF eager, with
+itself at other batch sizes, and in time; on random data and on the hidden states of a real model."""
+EXAMPLES = """examples:
+  python -m fusednorm audit                                 everything that is found; a minute or two
+  python -m fusednorm audit --quick                         small arrays, without torch.compile: seconds
+  python -m fusednorm audit --list                          what was found, and what is absent and why
+  python -m fusednorm audit --plot audit.png --json a.json  also as a picture and as data
+  python -m fusednorm audit --peers fusednorm,torch:hf --dtype bf16 --columns 4096 --data random
+"""
+QUICK = {"rows": 256, "columns": 1024}
+
+
+def _names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
+    allowed = list(allowed)
+
+    def parse(text: str) -> tuple[str, ...]:
+        names = [name.strip() for name in text.split(",")]
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+        return tuple(dict.fromkeys(names))
+
+    return parse
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = int(text) if text.isascii() and text.isdigit() else -1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return number
+
+    return parse
+
+
+def _output(endings: tuple[str, ...], dash: bool = False) -> Callable[[str], Path]:
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if dash and text == "-":
+            return path
+        if endings and path.suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"{text!r} must end in {' or '.join(endings)}")
+        if not path.absolute().parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.absolute().parent}")
+        return path
+
+    return parse
+
+
+def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "audit",
+        help=SUMMARY,
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--rows", type=_at_least(1), metavar="N", help="rows of the random data (1024; with --quick 256)")
+    add("--columns", type=_at_least(1), metavar="N", help="their length (2048; with --quick 1024)")
+    add("--dtype", type=_names(DTYPES), default=("float16", "bfloat16"), metavar="NAMES", help="fp16,bf16; also fp32")
+    add("--data", type=_names(sources(1, 1, 0)), default=("random", "hidden"), metavar="NAMES", help="random,hidden")
+    add("--operation", type=_names(OPERATIONS), default=tuple(OPERATIONS), metavar="NAMES", help=",".join(OPERATIONS))
+    add("--peers", type=lambda text: tuple(text.split(",")), default=(), metavar="NAMES",
+        help="only these: names, their beginnings or patterns, as --list shows them")  # fmt: skip
+    add("--seed", type=_at_least(0), metavar="N", help="of the random data (a fresh one, shown in the output)")
+    add("--threads", type=_at_least(1), metavar="N", help="of every package that can be told (default: as they are)")
+    add("--quick", action="store_true", help="small arrays, fewer batch sizes, no torch.compile")
+    add("--plot", type=_output((".png", ".svg")), metavar="FILE", help="also draw bars into a .png or .svg (matplotlib)")
+    add("--json", type=_output((), dash=True), metavar="FILE", help="also write JSON; - writes JSON alone to stdout")
+    add("--list", action="store_true", help="list what was found and what is absent, and stop")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    parser: argparse.ArgumentParser = arguments.parser
+    found = find(arguments.peers, arguments.quick)
+    if not found:
+        parser.error(f"--peers {','.join(arguments.peers)} selects nothing: --list shows the names")
+    if arguments.list:
+        print("\n".join(report.describe(found)))
+        return 0
+    if arguments.plot is not None:
+        reason = plot.missing()
+        if reason:
+            parser.error(f"--plot {reason}")
+    quick = QUICK if arguments.quick else {}
+    options = Options(
+        rows=arguments.rows or quick.get("rows", Options.rows),
+        columns=arguments.columns or quick.get("columns", Options.columns),
+        dtypes=tuple(dict.fromkeys(DTYPES[name] for name in arguments.dtype)),
+        data=arguments.data,
+        operations=arguments.operation,
+        peers=arguments.peers,
+        seed=secrets.randbelow(2**32) if arguments.seed is None else arguments.seed,
+        quick=arguments.quick,
+        threads=arguments.threads,
+    )
+    with progress_bar() as progress:
+        result = audit(options, found, progress)
+    if arguments.json is not None and str(arguments.json) == "-":
+        report.write_json(result, sys.stdout)
+    else:
+        report.write(result, sys.stdout)
+        if arguments.json is not None:
+            with arguments.json.open("w", encoding="utf-8") as stream:
+                report.write_json(result, stream)
+            print(f"data: {arguments.json}", file=sys.stderr)
+    if arguments.plot is not None:
+        plot.draw(result, arguments.plot)
+        print(f"plot: {arguments.plot}", file=sys.stderr)
+    return 0

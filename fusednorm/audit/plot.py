@@ -1,0 +1,101 @@
+"""The report as bars: how many elements of each norm differ from the exact results, on a logarithmic scale."""
+
+from __future__ import annotations
+
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+from .measure import NEAREST, OPERATIONS, Table
+from .run import Report
+
+BARS = {  # key in Result.differ: colour, legend
+    "exact_fp32_sum": ("#2a6fbb", "Hugging Face's rounding points, sum kept in fp32"),
+    "exact_rounded_sum": ("#e08e2b", "Hugging Face's rounding points, sum rounded to the dtype (transformers)"),
+    "exact": ("#7d5fb2", "Hugging Face's rounding points (no sum)"),
+    NEAREST: ("#3b9a58", "the rounding points nearest to the norm's own"),
+}
+ZERO_AT = 0.7  # where a bar of 0 ends on the logarithmic axis: left of 1
+
+
+def missing() -> str | None:
+    """Why nothing can be drawn, or None."""
+    try:
+        found = util.find_spec("matplotlib") is not None
+    except (ImportError, ValueError):
+        found = False
+    return None if found else "needs matplotlib: python -m pip install matplotlib"
+
+
+def draw(report: Report, path: Path) -> None:
+    """One panel a table, two dtypes beside each other; PNG or SVG by the file's ending."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups: dict[tuple[str, str], list[Table]] = {}
+    for table in report.tables:
+        groups.setdefault((table.data, table.operation), []).append(table)
+    if not groups:
+        raise SystemExit("--plot: there is no table to draw")
+    width = max(len(tables) for tables in groups.values())
+    heights = [max(map(_height, tables)) for tables in groups.values()]
+    with pyplot.rc_context({"svg.fonttype": "path", "svg.hashsalt": "fusednorm", "font.size": 9}):
+        figure, axes = pyplot.subplots(
+            len(groups),
+            width,
+            figsize=(2.6 + 3.7 * width, sum(heights)),
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
+        legend = {}
+        for line, tables in zip(axes, groups.values(), strict=True):
+            for i, axis in enumerate(line):
+                if i < len(tables):
+                    legend.update(_panel(axis, tables[i], names=i == 0))
+                else:
+                    axis.set_visible(False)
+        title = "Elements that differ from the exact result at"
+        figure.legend(
+            legend.values(), legend.keys(), loc="outside upper left", ncols=1, frameon=False, title=title, alignment="left"
+        )
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+        pyplot.close(figure)
+
+
+def _bars(table: Table) -> list[str]:
+    return [*(reference.key for reference in OPERATIONS[table.operation].references), NEAREST]
+
+
+def _height(table: Table) -> float:
+    return 0.9 + 0.14 * len(_bars(table)) * len(table.results)
+
+
+def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
+    """Draws one table; returns what the legend needs."""
+    keys, legend = _bars(table), {}
+    results = [result for result in table.results if not result.skipped]
+    bar = 0.84 / len(keys)
+    for k, key in enumerate(keys):
+        colour, title = BARS[key]
+        counts = [result.differ[key] for result in results]
+        places = [i - 0.42 + (k + 0.5) * bar for i in range(len(results))]
+        lengths = [max(count, ZERO_AT) for count in counts]
+        legend[title] = axis.barh(places, lengths, bar * 0.9, color=colour)
+        for place, length, count in zip(places, lengths, counts, strict=True):
+            axis.text(length * 1.15, place, f"{count:,}", va="center", fontsize=6.5, color="#333333")
+    axis.set_xscale("log")
+    axis.set_xlim(0.5, table.elements * 12)
+    axis.axvline(table.elements, color="#999999", linewidth=0.8, linestyle=":")
+    axis.set_ylim(max(len(results), 1) - 0.45, -0.55)
+    axis.set_yticks(range(len(results)), [result.label for result in results] if names else [""] * len(results))
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
+    axis.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.set_title(f"{OPERATIONS[table.operation].title}, {table.dtype}, {table.data}", fontsize=10, loc="left")
+    axis.set_xlabel(f"elements, of {table.elements:,} (dotted)")
+    return legend

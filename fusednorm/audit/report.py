@@ -1,0 +1,195 @@
+"""The report as text: aligned columns, or rich's tables where rich is installed and the output is a terminal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TextIO
+
+import numpy as np
+
+from .measure import NEAREST, OPERATIONS, UNCLEAR, Batch, Result, Table
+from .peers import EAGER
+from .run import Found, Report
+
+LEGEND = (
+    "Counted are the elements that differ, bit for bit; in brackets the largest difference in ulp.",
+    "exact: the real number, rounded at Hugging Face's points only: y = s / rms to the dtype, then y * weight. fp32 sum:"
+    " s = x + residual stays fp32. rounded sum: s is rounded to the dtype first, as transformers' Llama does by adding in the"
+    " model's dtype.",
+    "rounds: the points at which the exact result is nearest to the norm's: s, y as above ('s after var': the variance is"
+    " the fp32 sum's), - for none but the result. exact, nearest: what still differs from that one. Where it is small, the"
+    " norm is accurate and the large counts before it are a choice of rounding points.",
+    "batch: whether every row has the same bits alone and in batches of up to 1024 rows, or the first size at which not.",
+    "time: relative to fusednorm hf_llama, median of interleaved calls that allocate their results; 2.00 is twice as slow.",
+)
+
+
+def _differ(result: Result, key: str) -> str:
+    if key not in result.differ:
+        return "-"
+    count = f"{result.differ[key]:,}"
+    if key not in result.largest_ulp:
+        return count
+    ulp = result.largest_ulp[key]
+    return f"{count} ({'nan' if ulp is None else ulp})"
+
+
+def _batch(batch: Batch | None) -> str:
+    if batch is None:
+        return "-"
+    if batch.row_0_changes_at is not None and batch.row_0_changes_at == batch.any_row_changes_at:
+        return f"from {batch.row_0_changes_at}"
+    if batch.any_row_changes_at is not None:
+        return f"from {batch.any_row_changes_at}, row 0 " + (
+            "kept" if batch.row_0_changes_at is None else f"from {batch.row_0_changes_at}"
+        )
+    return "same bits"
+
+
+def counted(table: Table) -> dict[str, str]:
+    """The columns of counts: key in Result.differ, and heading."""
+    references = {reference.key: reference.title for reference in OPERATIONS[table.operation].references}
+    return {**references, NEAREST: "exact, nearest", "hf_eager": "HF eager"}
+
+
+def rounds(result: Result, table: Table) -> str:
+    if result.nearest_points is None or result.differ[NEAREST] > UNCLEAR * table.elements:
+        return "?"
+    return ", ".join(point.replace("variance", "var") for point in result.nearest_points) or "-"
+
+
+def headings(table: Table) -> list[str]:
+    counts = [heading.replace(", ", ",\n") for heading in counted(table).values()]
+    return [OPERATIONS[table.operation].title, "rounds", *counts, "batch", "time"]
+
+
+def cells(table: Table) -> list[list[str]]:
+    """One list of texts a peer, in the order of `headings`."""
+    lines = []
+    for result in table.results:
+        if result.skipped:
+            lines.append([result.label, f"not run: {result.skipped}"])
+            continue
+        time = "-" if result.relative_time is None else f"{result.relative_time:.2f}"
+        counts = [_differ(result, key) for key in counted(table)]
+        lines.append([result.label, rounds(result, table), *counts, _batch(result.batch), time])
+    return lines
+
+
+def title(table: Table) -> str:
+    return f"{table.dtype}, {table.data}, {table.rows} x {table.columns}: of {table.elements:,} elements, differ from"
+
+
+def aligned(head: list[str], lines: list[list[str]], left: int = 2) -> str:
+    """Plain text; the first `left` columns to the left, the others to the right. A shorter line ends where it ends."""
+    head_lines = [text.split("\n") for text in head]
+    depth = max(map(len, head_lines))
+    tops = [[""] * (depth - len(parts)) + parts for parts in head_lines]
+    rows = [[top[level] for top in tops] for level in range(depth)]
+    full = [line for line in lines if len(line) == len(head)]
+    widths = [max(len(line[i]) for line in rows + full) for i in range(len(head))]
+    widths[0] = max([widths[0], *(len(line[0]) for line in lines)])
+
+    def text(line: list[str]) -> str:
+        if len(line) != len(head):
+            return "  ".join([line[0].ljust(widths[0]), *line[1:]]).rstrip()
+        pairs = enumerate(zip(line, widths, strict=True))
+        return "  ".join(cell.ljust(w) if i < left else cell.rjust(w) for i, (cell, w) in pairs).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([*map(text, rows), rule, *map(text, lines)])
+
+
+def describe(found: list[Found]) -> list[str]:
+    """One line for each peer: what was found, and what is absent and why."""
+    width = max((len(each.peer.name) for each in found), default=0)
+    lines = []
+    for each in found:
+        peer = each.peer
+        state = f"absent: {each.absent}" if each.absent else f"{peer.package} {peer.version()}".strip()
+        lines.append(f"{peer.name.ljust(width)}  {state}")
+    return lines
+
+
+def notes(report: Report) -> list[str]:
+    """What the reader must know besides the tables."""
+    lines = list(report.missing)
+    lines += [f"absent: {each.peer.label} ({each.absent})" for each in report.found if each.absent]
+    if not any(each.peer.name == EAGER and each.absent is None for each in report.found):
+        lines.append('"from HF eager" is empty: HF eager (torch:hf) was not run')
+    return lines
+
+
+def header(report: Report) -> str:
+    import fusednorm
+
+    path = fusednorm.info()["cpu"]["path"]
+    versions = dict.fromkeys(
+        f"{each.peer.package} {each.peer.version()}" + _threads(report, each.peer.package)
+        for each in report.found
+        if each.absent is None and each.peer.package not in ("fusednorm", "numpy")
+    )
+    ours = f"fusednorm {fusednorm.__version__} ({path}{_threads(report, 'fusednorm', ', ')})"
+    return ", ".join([ours, f"numpy {np.__version__}", *versions, f"--seed {report.options.seed}"])
+
+
+def _threads(report: Report, package: str, before: str = "") -> str:
+    count = report.threads.get(package)
+    if count is None:
+        return ""
+    text = f"{count} thread{'s' if count > 1 else ''}"
+    return before + text if before else f" ({text})"
+
+
+def write_plain(report: Report, stream: TextIO) -> None:
+    parts = [header(report)]
+    for table in report.tables:
+        parts.append(f"{title(table)}\n{aligned(headings(table), cells(table))}")
+    parts.append("\n".join(LEGEND))
+    parts.append("\n".join(notes(report)))
+    stream.write("\n\n".join(part for part in parts if part) + "\n")
+
+
+def write_rich(report: Report, stream: TextIO) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    console = Console(file=stream, highlight=False)
+    console.print(header(report), style="dim")
+    for table in report.tables:
+        shown = RichTable(box=box.SIMPLE_HEAD, title=title(table), title_justify="left", title_style="bold", pad_edge=False)
+        for i, heading in enumerate(headings(table)):
+            shown.add_column(heading, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=i == 0)
+        for result, line in zip(table.results, cells(table), strict=True):
+            styled: list[Any] = [Text(cell) for cell in line]
+            for i, key in enumerate(counted(table)):
+                if key in result.differ:
+                    share = result.differ[key] / max(1, table.elements)
+                    styled[2 + i].stylize("green" if share < 1e-3 else "yellow" if share < 1e-2 else "red")
+            if result.batch is not None and result.batch.any_row_changes_at is not None:
+                styled[-2].stylize("red")
+            shown.add_row(*styled)
+        console.print(shown)
+    for line in LEGEND:
+        console.print(line, style="dim")
+    for line in notes(report):
+        console.print(line, style="yellow")
+
+
+def write(report: Report, stream: TextIO) -> None:
+    if stream.isatty():
+        try:
+            import rich  # noqa: F401
+        except ImportError:
+            pass
+        else:
+            write_rich(report, stream)
+            return
+    write_plain(report, stream)
+
+
+def write_json(report: Report, stream: TextIO) -> None:
+    json.dump(report.as_json(), stream, indent=1)
+    stream.write("\n")
