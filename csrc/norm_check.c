@@ -81,16 +81,24 @@ static fn_status check_writable(const char *function, const fn_tensor *const ope
     return FN_OK;
 }
 
-/* For arrays that have elements. */
-static fn_status check_memory(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
-    static const struct {
-        fn_operand_index output, own_input;
-    } outputs[] = {{FN_OUT, FN_X}, {FN_RESIDUAL_OUT, FN_RESIDUAL}};
-    for (int i = 0; i < FN_OPERANDS; i++)
-        FN_REQUIRE(!operand[i] || operand[i]->data, FN_ERROR_TYPE, "%s: %s has shape %s but no memory behind it",
-                   function, operand[i]->name, shape_of(operand[i]).text);
+static fn_status refuse_overlap(const char *function, const fn_tensor *out, const fn_tensor *other,
+                                const fn_tensor *own) {
+    return fn_fail(
+        FN_ERROR_VALUE,
+        "%s: %s overlaps %s: an output may be exactly %s (memory, shape, strides and dtype), and must not overlap "
+        "anything else",
+        function, out->name, other->name, own->name);
+}
+
+static const struct {
+    fn_operand_index output, own_input;
+} outputs_and_inputs[] = {{FN_OUT, FN_X}, {FN_RESIDUAL_OUT, FN_RESIDUAL}};
+
+/* For operands of any strides, all with elements. */
+static fn_status check_overlaps(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
     for (int k = 0; k < 2; k++) {
-        const fn_tensor *out = operand[outputs[k].output], *own = operand[outputs[k].own_input];
+        const fn_operand_index index = outputs_and_inputs[k].output;
+        const fn_tensor *out = operand[index], *own = operand[outputs_and_inputs[k].own_input];
         if (!out) continue;
         FN_REQUIRE(
             !fn_may_overlap_itself(out), FN_ERROR_VALUE,
@@ -98,15 +106,41 @@ static fn_status check_memory(const char *function, const fn_tensor *const opera
             function, out->name);
         for (int i = 0; i < FN_OPERANDS; i++) {
             const fn_tensor *other = operand[i];
-            if (!other || i == (int)outputs[k].output || (other == own && fn_same_view(out, own))) continue;
-            FN_REQUIRE(
-                !fn_may_overlap(out, other), FN_ERROR_VALUE,
-                "%s: %s overlaps %s: an output may be exactly %s (memory, shape, strides and dtype), and must not "
-                "overlap anything else",
-                function, out->name, other->name, own->name);
+            if (!other || i == (int)index || (other == own && fn_same_view(out, own))) continue;
+            if (fn_may_overlap(out, other)) return refuse_overlap(function, out, other, own);
         }
     }
     return FN_OK;
+}
+
+/* The same when every operand is compact: its bytes are one run of known length. */
+static fn_status check_overlaps_of_runs(const char *function, const fn_tensor *const operand[FN_OPERANDS],
+                                        const uint64_t run_bytes[FN_OPERANDS]) {
+    for (int k = 0; k < 2; k++) {
+        const fn_operand_index index = outputs_and_inputs[k].output;
+        const fn_tensor *out = operand[index], *own = operand[outputs_and_inputs[k].own_input];
+        if (!out) continue;
+        const uint64_t begin = (uint64_t)(uintptr_t)out->data;
+        for (int i = 0; i < FN_OPERANDS; i++) {
+            const fn_tensor *other = operand[i];
+            if (!other || i == (int)index || (other == own && own->data == out->data && own->dtype == out->dtype))
+                continue;
+            const uint64_t other_begin = (uint64_t)(uintptr_t)other->data;
+            if (begin < other_begin + run_bytes[i] && other_begin < begin + run_bytes[index])
+                return refuse_overlap(function, out, other, own);
+        }
+    }
+    return FN_OK;
+}
+
+/* Row major without gaps. */
+static bool is_compact(const fn_tensor *a) {
+    int64_t stride = fn_dtypes[a->dtype].bytes;
+    for (int32_t i = a->ndim - 1; i >= 0; i--) {
+        if (a->stride_bytes[i] != stride && a->shape[i] != 1) return false;
+        stride *= a->shape[i];
+    }
+    return true;
 }
 
 /* ---- the plan ------------------------------------------------------------------------------------------------------- */
@@ -151,21 +185,35 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
     FN_TRY(check_shapes(function, operand, &plan->rows));
     FN_TRY(check_writable(function, operand));
     if (plan->rows == 0) return FN_OK;
-    FN_TRY(check_memory(function, operand));
 
     plan->columns = args->x->shape[args->x->ndim - 1];
     plan->contiguous = true;
     plan->cast_x_before_out_mul = args->cast_x_before_out_mul;
     plan->round_sum = args->residual ? args->round_sum : FN_SUM_FP32;
+    bool compact = true;
+    uint64_t run_bytes[FN_OPERANDS];
     for (int i = 0; i < FN_OPERANDS; i++) {
         const fn_tensor *a = operand[i];
         if (!a) {
             plan->operand[i] = (fn_operand){NULL, 0, FN_FLOAT32};
             continue;
         }
+        FN_REQUIRE(a->data, FN_ERROR_TYPE, "%s: %s has shape %s but no memory behind it", function, a->name,
+                   shape_of(a).text);
+        const int64_t bytes = fn_dtypes[a->dtype].bytes;
         plan->operand[i] = (fn_operand){a->data, a->stride_bytes[a->ndim - 1], a->dtype};
-        if (plan->columns > 1 && plan->operand[i].column_stride != fn_dtypes[a->dtype].bytes) plan->contiguous = false;
+        if (plan->columns > 1 && plan->operand[i].column_stride != bytes) plan->contiguous = false;
+        compact = compact && is_compact(a);
+        run_bytes[i] = (uint64_t)((i == FN_WEIGHT ? 1 : plan->rows) * plan->columns * bytes);
+        if (i == FN_WEIGHT) continue;
+        plan->leading_stride[i][0] = plan->columns * bytes; /* if compact */
     }
-    merge_leading_dimensions(plan, operand);
-    return FN_OK;
+    if (!compact) {
+        FN_TRY(check_overlaps(function, operand));
+        merge_leading_dimensions(plan, operand);
+        return FN_OK;
+    }
+    plan->leading_ndim = 1;
+    plan->leading_shape[0] = plan->rows;
+    return check_overlaps_of_runs(function, operand, run_bytes);
 }

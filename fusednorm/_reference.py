@@ -144,7 +144,7 @@ def rms_norm_batch_invariant(
     eps: float | None = None,
 ) -> Array:
     input = np.asarray(input)
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = tuple(int(n) for n in np.atleast_1d(normalized_shape))
     if shape != input.shape[-1:]:
         raise ValueError(f"normalized_shape is {shape}: it must be the last dimension alone, {input.shape[-1:]}")
     return rms_norm(input, weight, FINFO_EPS[_dtype(input.dtype).name] if eps is None else eps)
@@ -183,7 +183,7 @@ def _scale(x: Array, weight: npt.ArrayLike | None, weight_offset: float) -> F32 
 def _epsilon(eps: float) -> np.float32:
     with np.errstate(all="ignore"):
         epsilon: np.float32 = np.float32(eps)
-    if not (np.isfinite(epsilon) and epsilon >= 0):
+    if not (np.isfinite(epsilon) and eps >= 0):
         raise ValueError(f"eps is {eps}: it must be finite in float32 and >= 0")
     return epsilon
 

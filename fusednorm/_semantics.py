@@ -8,7 +8,7 @@ nor its 1/sqrt: in 16 bits fewer than one element in 1000 then differs, in fp32 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -18,8 +18,8 @@ class Semantics:
     """One preset: `rms_norm(x, w, **preset.rms_norm)`, `fused_add_rmsnorm(x, r, w, **preset.fused_add_rmsnorm)`."""
 
     name: str
-    source: str  # whose code it describes, and which version of it
-    differs: str  # what keeps the bits apart all the same
+    source: str = field(repr=False)  # whose code it describes, and which version of it
+    differs: str = field(repr=False)  # what keeps the bits apart all the same
     rms_norm: Mapping[str, Any]
     fused_add_rmsnorm: Mapping[str, Any]
 
@@ -60,22 +60,21 @@ _PRESETS = (
     ),
     _preset(
         "sglang",
-        round_sum=True,
-        source="SGLang 0.5.23, python/sglang/kernels/jit/csrc/elementwise/rmsnorm.cuh: the residual is added in the "
-        "16-bit type. Layers built with cast_x_before_out_mul=True need that flag here too. Its first JIT kernel of "
-        "January 2026 (jit_kernel/csrc/elementwise/fused_add_rmsnorm.cuh) is round_sum='after_variance'; "
-        "RMSNorm.forward_native and fused_add_rmsnorm_hf.cuh are round_sum=False.",
-        differs="Squares summed with FMA, thread by thread; total * (1 / H); the approximate rsqrtf. The first JIT "
-        "kernel also multiplies as (s * w) * r. A post_residual_addition is added to the residual first, in 16 bits.",
+        source="SGLang 0.5.23, srt/layers/layernorm.py: RMSNorm.forward_cuda, which calls sgl_kernel, that is the "
+        "kernels of FlashInfer. For a layer built with cast_x_before_out_mul=True add that flag. Its own JIT kernel "
+        "(kernels/jit/csrc/elementwise/fused_add_rmsnorm.cuh) is round_sum='after_variance' without that flag; the one "
+        "of pull request 34727, to follow it, is round_sum=True.",
+        differs="As 'flashinfer'. A post_residual_addition is added to the residual first, in 16 bits. The JIT kernel "
+        "multiplies as (s * w) * r and by 1 / H.",
     ),
     _preset(
         "vllm",
         round_sum=True,
         source="vLLM 0.24 to 0.26, csrc/libtorch_stable/layernorm_kernels.cu: rms_norm and fused_add_rms_norm, the "
-        "operators of torch.ops._C. Up to 0.19, and on its main branch from 29 May to 18 June 2026, they rounded "
-        "before the weight: add cast_x_before_out_mul=True. The native operators that it compiles with Inductor do "
-        "that with the fp32 sum: cast_x_before_out_mul=True, round_sum=False.",
-        differs="Squares summed with FMA, thread by thread, with another number of threads from 256 tokens on; the "
+        "operators that run when compilation is off. Up to 0.19, and on its main branch from 29 May to 18 June 2026, "
+        "they rounded before the weight: add cast_x_before_out_mul=True. Its native operators (vllm/ir) state "
+        "cast_x_before_out_mul=True and round_sum=False.",
+        differs="Squares summed with FMA, thread by thread, by another number of threads from 256 tokens on; the "
         "approximate rsqrtf. The products associate as ours do.",
     ),
     _preset(

@@ -13,122 +13,121 @@
  *   fold_lanes                       the lanes of one vector folded by halves
  *   PATH, PATH_NAME                  the table to define and its name
  *
- * Work goes by blocks of 8 vectors, which the registers hold; a row's tail, and rows whose columns do not lie side by
- * side, go through a block-sized copy on the stack.
+ * Work goes by blocks of 8 vectors, which the registers hold, and behind the last whole block by single vectors. Columns
+ * that do not fill a vector, or do not lie side by side, go through a copy of one vector on the stack.
  */
 enum { BLOCK = 8 * LANES };
 _Static_assert(FN_COLUMN_QUANTUM % BLOCK == 0, "a thread's share of a row is a whole number of blocks");
 
 #define INLINE static inline __attribute__((always_inline))
-#define FOR_BLOCK _Pragma("GCC unroll 8") for (int k = 0; k < 8; k++)
+/* `count` is 8 or 1 and known to the compiler. */
+#define FOR_VECTORS(count) _Pragma("GCC unroll 8") for (int k = 0; k < (count); k++)
 
-/* Where one block of each operand begins. */
+/* Where the next columns of each operand begin. */
 typedef struct {
     char *at[FN_OPERANDS];
-} block;
+} columns_at;
 
-/* `s = load(p)` and `s = s + load(p)`, 8 vectors. */
+/* `s = load(p)`, `s = s + load(p)`, `s = s * load(p)`. */
 #define DEFINE_READ(function, combine)                                                                                 \
-    INLINE void function(vector s[8], const char *p, fn_dtype dtype) {                                                 \
+    INLINE void function(vector *s, int count, const char *p, fn_dtype dtype) {                                        \
         switch (dtype) {                                                                                               \
-        case FN_FLOAT16: FOR_BLOCK s[k] = combine(s[k], load_f16(p + k * LANES * 2)); return;                          \
-        case FN_BFLOAT16: FOR_BLOCK s[k] = combine(s[k], load_bf16(p + k * LANES * 2)); return;                        \
+        case FN_FLOAT16: FOR_VECTORS(count) s[k] = combine(s[k], load_f16(p + k * LANES * 2)); return;                 \
+        case FN_BFLOAT16: FOR_VECTORS(count) s[k] = combine(s[k], load_bf16(p + k * LANES * 2)); return;               \
         case FN_FLOAT32:                                                                                               \
         case FN_DTYPE_COUNT: break;                                                                                    \
         }                                                                                                              \
-        FOR_BLOCK s[k] = combine(s[k], load_f32(p + k * LANES * 4));                                                   \
+        FOR_VECTORS(count) s[k] = combine(s[k], load_f32(p + k * LANES * 4));                                          \
     }
 #define SECOND(a, b) (b)
-DEFINE_READ(load_block, SECOND)
-DEFINE_READ(add_block, add)
-DEFINE_READ(mul_block, mul)
-
-INLINE void mul_offset_block(vector y[8], const char *p, fn_dtype dtype, vector offset) {
-    vector weight[8];
-    FOR_BLOCK weight[k] = offset;
-    load_block(weight, p, dtype);
-    FOR_BLOCK y[k] = mul(y[k], add(weight[k], offset));
-}
+DEFINE_READ(read, SECOND)
+DEFINE_READ(read_add, add)
+DEFINE_READ(read_mul, mul)
 
 #define DEFINE_WRITE(function, verb)                                                                                   \
-    INLINE void function(char *p, const vector s[8], fn_dtype dtype) {                                                 \
+    INLINE void function(char *p, const vector *s, int count, fn_dtype dtype) {                                        \
         switch (dtype) {                                                                                               \
-        case FN_FLOAT16: FOR_BLOCK verb##_f16(p + k * LANES * 2, s[k]); return;                                        \
-        case FN_BFLOAT16: FOR_BLOCK verb##_bf16(p + k * LANES * 2, s[k]); return;                                      \
+        case FN_FLOAT16: FOR_VECTORS(count) verb##_f16(p + k * LANES * 2, s[k]); return;                               \
+        case FN_BFLOAT16: FOR_VECTORS(count) verb##_bf16(p + k * LANES * 2, s[k]); return;                             \
         case FN_FLOAT32:                                                                                               \
         case FN_DTYPE_COUNT: break;                                                                                    \
         }                                                                                                              \
-        FOR_BLOCK verb##_f32(p + k * LANES * 4, s[k]);                                                                 \
+        FOR_VECTORS(count) verb##_f32(p + k * LANES * 4, s[k]);                                                        \
     }
-DEFINE_WRITE(store_block, store)
-DEFINE_WRITE(stream_block, stream)
+DEFINE_WRITE(write, store)
+DEFINE_WRITE(write_past_cache, stream)
 
-INLINE void round_block(vector s[8], fn_dtype dtype) {
+INLINE void round_to(vector *s, int count, fn_dtype dtype) {
     switch (dtype) {
-    case FN_FLOAT16: FOR_BLOCK s[k] = round_f16(s[k]); return;
-    case FN_BFLOAT16: FOR_BLOCK s[k] = round_bf16(s[k]); return;
+    case FN_FLOAT16: FOR_VECTORS(count) s[k] = round_f16(s[k]); return;
+    case FN_BFLOAT16: FOR_VECTORS(count) s[k] = round_bf16(s[k]); return;
     case FN_FLOAT32:
     case FN_DTYPE_COUNT: return;
     }
 }
 
-/* ---- one block ------------------------------------------------------------------------------------------------------ */
+/* ---- the five steps on 8 vectors or one -------------------------------------------------------------------------------- */
 
 /* Step 1: s = (x + residual) + post. */
-INLINE void sum_block(const fn_norm_plan *plan, const block *b, vector s[8]) {
-    load_block(s, b->at[FN_X], plan->operand[FN_X].dtype);
-    if (b->at[FN_RESIDUAL]) add_block(s, b->at[FN_RESIDUAL], plan->operand[FN_RESIDUAL].dtype);
-    if (b->at[FN_POST]) add_block(s, b->at[FN_POST], plan->operand[FN_POST].dtype);
+INLINE void sum(const fn_norm_plan *plan, const columns_at *c, vector *s, int count) {
+    read(s, count, c->at[FN_X], plan->operand[FN_X].dtype);
+    if (c->at[FN_RESIDUAL]) read_add(s, count, c->at[FN_RESIDUAL], plan->operand[FN_RESIDUAL].dtype);
+    if (c->at[FN_POST]) read_add(s, count, c->at[FN_POST], plan->operand[FN_POST].dtype);
 }
 
-/* Step 2, the part within groups of 8 neighbours. */
-INLINE vector groups_of_block(const fn_norm_plan *plan, const block *b) {
-    vector s[8];
-    sum_block(plan, b, s);
-    if (plan->round_sum == FN_SUM_ROUNDED) round_block(s, plan->operand[FN_RESIDUAL_OUT].dtype);
-    FOR_BLOCK s[k] = mul(s[k], s[k]);
-    return fold8(s);
+/* Step 2, the squares. */
+INLINE void squares(const fn_norm_plan *plan, const columns_at *c, vector *p, int count) {
+    sum(plan, c, p, count);
+    if (plan->round_sum == FN_SUM_ROUNDED) round_to(p, count, plan->operand[FN_RESIDUAL_OUT].dtype);
+    FOR_VECTORS(count) p[k] = mul(p[k], p[k]);
 }
 
 /* Steps 4 and 5, and residual_out. */
-INLINE void finish_block(const fn_norm_plan *plan, const block *b, vector r, bool stream_out, bool stream_residual) {
+INLINE void finish_columns(const fn_norm_plan *plan, const columns_at *c, vector r, int count, bool stream_out,
+                           bool stream_residual) {
     vector s[8];
-    sum_block(plan, b, s);
-    if (b->at[FN_RESIDUAL_OUT]) {
+    sum(plan, c, s, count);
+    if (c->at[FN_RESIDUAL_OUT]) {
         const fn_dtype dtype = plan->operand[FN_RESIDUAL_OUT].dtype;
-        if (plan->round_sum != FN_SUM_FP32) round_block(s, dtype);
-        if (stream_residual) stream_block(b->at[FN_RESIDUAL_OUT], s, dtype);
-        else store_block(b->at[FN_RESIDUAL_OUT], s, dtype);
+        if (plan->round_sum != FN_SUM_FP32) round_to(s, count, dtype);
+        if (stream_residual) write_past_cache(c->at[FN_RESIDUAL_OUT], s, count, dtype);
+        else write(c->at[FN_RESIDUAL_OUT], s, count, dtype);
     }
-    FOR_BLOCK s[k] = mul(s[k], r);
-    if (plan->cast_x_before_out_mul) round_block(s, plan->operand[FN_X].dtype);
-    if (b->at[FN_WEIGHT]) {
+    FOR_VECTORS(count) s[k] = mul(s[k], r);
+    if (plan->cast_x_before_out_mul) round_to(s, count, plan->operand[FN_X].dtype);
+    if (c->at[FN_WEIGHT]) {
         const fn_dtype dtype = plan->operand[FN_WEIGHT].dtype;
-        if (plan->weight_offset == 0) mul_block(s, b->at[FN_WEIGHT], dtype);
-        else mul_offset_block(s, b->at[FN_WEIGHT], dtype, set1(plan->weight_offset));
+        if (plan->weight_offset == 0) {
+            read_mul(s, count, c->at[FN_WEIGHT], dtype);
+        } else {
+            const vector offset = set1(plan->weight_offset);
+            vector weight[8];
+            read(weight, count, c->at[FN_WEIGHT], dtype);
+            FOR_VECTORS(count) s[k] = mul(s[k], add(weight[k], offset));
+        }
     }
-    if (stream_out) stream_block(b->at[FN_OUT], s, plan->operand[FN_OUT].dtype);
-    else store_block(b->at[FN_OUT], s, plan->operand[FN_OUT].dtype);
+    if (stream_out) write_past_cache(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype);
+    else write(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype);
 }
 
-/* ---- blocks where they lie, and blocks by way of the stack ------------------------------------------------------------ */
-
-typedef struct {
-    char bytes[FN_OPERANDS][BLOCK * sizeof(float)];
-} stage;
+/* ---- columns where they lie, and columns by way of the stack ------------------------------------------------------------- */
 
 INLINE char *operand_data(const fn_norm_plan *plan, const fn_row *row, int operand) {
     return operand == FN_WEIGHT ? plan->operand[FN_WEIGHT].data : row->data[operand];
 }
 
-INLINE void point_block(const fn_norm_plan *plan, const fn_row *row, int64_t column, block *b) {
+INLINE void point_at(const fn_norm_plan *plan, const fn_row *row, int64_t column, columns_at *c) {
     for (int operand = 0; operand < FN_OPERANDS; operand++) {
         char *data = operand_data(plan, row, operand);
-        b->at[operand] = data ? data + column * fn_dtypes[plan->operand[operand].dtype].bytes : NULL;
+        c->at[operand] = data ? data + column * fn_dtypes[plan->operand[operand].dtype].bytes : NULL;
     }
 }
 
-/* memcpy of one element, as two loops that the compiler can see through. */
+/* One vector of each operand. */
+typedef struct {
+    char bytes[FN_OPERANDS][LANES * sizeof(float)];
+} stage;
+
 static void copy_elements(char *to, int64_t to_stride, const char *from, int64_t from_stride, int bytes,
                           int64_t count) {
     if (to_stride == bytes && from_stride == bytes) memcpy(to, from, (size_t)(count * bytes));
@@ -138,65 +137,83 @@ static void copy_elements(char *to, int64_t to_stride, const char *from, int64_t
         for (int64_t i = 0; i < count; i++) memcpy(to + i * to_stride, from + i * from_stride, 2);
 }
 
-/* Copies `count` <= BLOCK columns of the inputs, and +0 behind them. */
-static void stage_block(const fn_norm_plan *plan, const fn_row *row, int64_t column, int64_t count, stage *staged,
-                        block *b) {
+/* Copies `count` <= LANES columns of the inputs, and +0 behind them. */
+static void stage_in(const fn_norm_plan *plan, const fn_row *row, int64_t column, int64_t count, stage *staged,
+                     columns_at *c) {
     for (int operand = 0; operand < FN_OPERANDS; operand++) {
         const fn_operand *o = &plan->operand[operand];
         const char *data = operand_data(plan, row, operand);
         const int bytes = fn_dtypes[o->dtype].bytes;
-        b->at[operand] = data ? staged->bytes[operand] : NULL;
+        c->at[operand] = data ? staged->bytes[operand] : NULL;
         if (!data || operand == FN_OUT || operand == FN_RESIDUAL_OUT) continue;
-        if (count < BLOCK) memset(staged->bytes[operand], 0, sizeof staged->bytes[operand]);
+        memset(staged->bytes[operand], 0, sizeof staged->bytes[operand]);
         copy_elements(staged->bytes[operand], bytes, data + column * o->column_stride, o->column_stride, bytes, count);
     }
 }
 
-static void unstage_block(const fn_norm_plan *plan, const fn_row *row, int64_t column, int64_t count,
-                          const stage *staged) {
+static void stage_out(const fn_norm_plan *plan, const fn_row *row, int64_t column, int64_t count, const stage *staged) {
     static const int outputs[] = {FN_RESIDUAL_OUT, FN_OUT};
     for (int i = 0; i < 2; i++) {
         const fn_operand *o = &plan->operand[outputs[i]];
         char *data = row->data[outputs[i]];
         const int bytes = fn_dtypes[o->dtype].bytes;
-        if (data)
-            copy_elements(data + column * o->column_stride, o->column_stride, staged->bytes[outputs[i]], bytes, bytes,
-                          count);
+        if (!data) continue;
+        copy_elements(data + column * o->column_stride, o->column_stride, staged->bytes[outputs[i]], bytes, bytes,
+                      count);
     }
 }
 
-static __attribute__((noinline)) vector groups_staged(const fn_norm_plan *plan, const fn_row *row, int64_t column,
-                                                      int64_t count) {
-    stage staged;
-    block b;
-    stage_block(plan, row, column, count, &staged, &b);
-    return groups_of_block(plan, &b);
+/* ---- columns [begin, end) by single vectors ------------------------------------------------------------------------------- */
+
+/* At most a block: its group sums. */
+static __attribute__((noinline)) vector groups_by_vectors(const fn_norm_plan *plan, const fn_row *row, int64_t begin,
+                                                          int64_t end) {
+    vector p[8];
+    for (int k = 0; k < 8; k++) {
+        const int64_t column = begin + k * LANES;
+        stage staged;
+        columns_at c;
+        if (column >= end) {
+            p[k] = set1(0);
+            continue;
+        }
+        if (plan->contiguous && column + LANES <= end) point_at(plan, row, column, &c);
+        else stage_in(plan, row, column, end - column < LANES ? end - column : LANES, &staged, &c);
+        squares(plan, &c, &p[k], 1);
+    }
+    return fold8(p);
 }
 
-static __attribute__((noinline)) void finish_staged(const fn_norm_plan *plan, const fn_row *row, int64_t column,
-                                                    int64_t count, vector r) {
-    stage staged;
-    block b;
-    stage_block(plan, row, column, count, &staged, &b);
-    finish_block(plan, &b, r, false, false);
-    unstage_block(plan, row, column, count, &staged);
+static __attribute__((noinline)) void finish_by_vectors(const fn_norm_plan *plan, const fn_row *row, int64_t begin,
+                                                        int64_t end, vector r) {
+    for (int64_t column = begin; column < end; column += LANES) {
+        const int64_t count = end - column < LANES ? end - column : LANES;
+        stage staged;
+        columns_at c;
+        if (plan->contiguous && count == LANES) {
+            point_at(plan, row, column, &c);
+            finish_columns(plan, &c, r, 1, false, false);
+        } else {
+            stage_in(plan, row, column, count, &staged, &c);
+            finish_columns(plan, &c, r, 1, false, false);
+            stage_out(plan, row, column, count, &staged);
+        }
+    }
 }
 
 /* ---- one row ---------------------------------------------------------------------------------------------------------- */
 
 INLINE void sum_groups_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums) {
     int64_t column = begin;
-    if (plan->contiguous) {
-        for (; column + BLOCK <= end; column += BLOCK) {
-            block b;
-            point_block(plan, row, column, &b);
-            store_f32(sums + column / 8, groups_of_block(plan, &b));
-        }
+    for (; plan->contiguous && column + BLOCK <= end; column += BLOCK) {
+        columns_at c;
+        vector p[8];
+        point_at(plan, row, column, &c);
+        squares(plan, &c, p, 8);
+        store_f32(sums + column / 8, fold8(p));
     }
-    for (; column < end; column += BLOCK) {
-        const int64_t count = end - column < BLOCK ? end - column : BLOCK;
-        store_f32(sums + column / 8, groups_staged(plan, row, column, count));
-    }
+    for (; column < end; column += BLOCK)
+        store_f32(sums + column / 8, groups_by_vectors(plan, row, column, column + BLOCK < end ? column + BLOCK : end));
 }
 
 INLINE float fold_inline(float *sums, int64_t columns) {
@@ -223,31 +240,26 @@ INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t b
                           bool stream) {
     const vector scale = set1(r);
     int64_t column = begin;
-    if (plan->contiguous) {
-        bool stream_out = false, stream_residual = false;
-        if (stream && row->data[FN_OUT] != row->data[FN_X]) {
-            const int out_bytes = fn_dtypes[plan->operand[FN_OUT].dtype].bytes;
-            const int64_t lead = columns_to_line(row->data[FN_OUT] + column * out_bytes, out_bytes);
-            if (lead > 0 && lead <= end - column) {
-                finish_staged(plan, row, column, lead, scale);
-                column += lead;
-            }
-            stream_out = lead >= 0;
+    bool stream_out = false, stream_residual = false;
+    if (stream && plan->contiguous && row->data[FN_OUT] != row->data[FN_X]) {
+        const int bytes = fn_dtypes[plan->operand[FN_OUT].dtype].bytes;
+        const int64_t lead = columns_to_line(row->data[FN_OUT] + column * bytes, bytes);
+        if (lead > 0 && lead <= end - column) {
+            finish_by_vectors(plan, row, column, column + lead, scale);
+            column += lead;
         }
-        if (stream && row->data[FN_RESIDUAL_OUT] && row->data[FN_RESIDUAL_OUT] != row->data[FN_RESIDUAL]) {
-            const int bytes = fn_dtypes[plan->operand[FN_RESIDUAL_OUT].dtype].bytes;
-            stream_residual = columns_to_line(row->data[FN_RESIDUAL_OUT] + column * bytes, bytes) == 0;
-        }
-        for (; column + BLOCK <= end; column += BLOCK) {
-            block b;
-            point_block(plan, row, column, &b);
-            finish_block(plan, &b, scale, stream_out, stream_residual);
-        }
+        stream_out = lead >= 0;
     }
-    for (; column < end; column += BLOCK) {
-        const int64_t count = end - column < BLOCK ? end - column : BLOCK;
-        finish_staged(plan, row, column, count, scale);
+    if (stream && plan->contiguous && row->data[FN_RESIDUAL_OUT] != row->data[FN_RESIDUAL]) {
+        const int bytes = fn_dtypes[plan->operand[FN_RESIDUAL_OUT].dtype].bytes;
+        stream_residual = columns_to_line(row->data[FN_RESIDUAL_OUT] + column * bytes, bytes) == 0;
     }
+    for (; plan->contiguous && column + BLOCK <= end; column += BLOCK) {
+        columns_at c;
+        point_at(plan, row, column, &c);
+        finish_columns(plan, &c, scale, 8, stream_out, stream_residual);
+    }
+    if (column < end) finish_by_vectors(plan, row, column, end, scale);
 }
 
 static void sum_groups(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums) {
@@ -272,32 +284,25 @@ static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, bool stre
 
 /* ---- the path's conversions alone --------------------------------------------------------------------------------------- */
 
-static void widen(const void *source, fn_dtype dtype, float *target, int64_t count) {
-    const int bytes = fn_dtypes[dtype].bytes;
+static void convert(const void *source, fn_dtype from, void *target, fn_dtype to, int64_t count) {
+    const int64_t from_bytes = fn_dtypes[from].bytes, to_bytes = fn_dtypes[to].bytes;
     for (int64_t i = 0; i < count; i += BLOCK) {
         const int64_t part = count - i < BLOCK ? count - i : BLOCK;
         char in[BLOCK * sizeof(float)] = {0}, out[BLOCK * sizeof(float)];
         vector s[8];
-        memcpy(in, (const char *)source + i * bytes, (size_t)(part * bytes));
-        FOR_BLOCK s[k] = set1(0);
-        load_block(s, in, dtype);
-        store_block(out, s, FN_FLOAT32);
-        memcpy(target + i, out, (size_t)part * sizeof(float));
+        memcpy(in, (const char *)source + i * from_bytes, (size_t)(part * from_bytes));
+        read(s, 8, in, from);
+        write(out, s, 8, to);
+        memcpy((char *)target + i * to_bytes, out, (size_t)(part * to_bytes));
     }
 }
 
+static void widen(const void *source, fn_dtype dtype, float *target, int64_t count) {
+    convert(source, dtype, target, FN_FLOAT32, count);
+}
+
 static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count) {
-    const int bytes = fn_dtypes[dtype].bytes;
-    for (int64_t i = 0; i < count; i += BLOCK) {
-        const int64_t part = count - i < BLOCK ? count - i : BLOCK;
-        char in[BLOCK * sizeof(float)] = {0}, out[BLOCK * sizeof(float)];
-        vector s[8];
-        memcpy(in, source + i, (size_t)part * sizeof(float));
-        FOR_BLOCK s[k] = set1(0);
-        load_block(s, in, FN_FLOAT32);
-        store_block(out, s, dtype);
-        memcpy((char *)target + i * bytes, out, (size_t)(part * bytes));
-    }
+    convert(source, FN_FLOAT32, target, dtype, count);
 }
 
 const fn_norm_kernels PATH = {PATH_NAME, rows, sum_groups, fold, finish, widen, narrow};

@@ -66,7 +66,8 @@ int fn_parse_double(const char *function, const char *name, PyObject *object, do
     *value = PyFloat_AsDouble(object);
     if (*value != -1.0 || !PyErr_Occurred()) return 0;
     if (PyErr_ExceptionMatches(PyExc_TypeError))
-        PyErr_Format(PyExc_TypeError, "%s: %s is a %s: it must be a real number", function, name, fn_type_name(object));
+        PyErr_Format(PyExc_TypeError, "%s: %s is %s%s: it must be a real number", function, name, fn_article(object),
+                     fn_type_name(object));
     else if (PyErr_ExceptionMatches(PyExc_OverflowError))
         PyErr_Format(PyExc_ValueError, "%s: %s is %R: it must be finite in float32", function, name, object);
     return -1;
@@ -75,7 +76,8 @@ int fn_parse_double(const char *function, const char *name, PyObject *object, do
 int fn_parse_flag(const char *function, const char *name, PyObject *object, bool *value) {
     if (!object) return 0;
     if (object != Py_True && object != Py_False) {
-        PyErr_Format(PyExc_TypeError, "%s: %s is a %s: it must be True or False", function, name, fn_type_name(object));
+        PyErr_Format(PyExc_TypeError, "%s: %s is %s%s: it must be True or False", function, name, fn_article(object),
+                     fn_type_name(object));
         return -1;
     }
     *value = object == Py_True;

@@ -40,7 +40,8 @@ static int has_attribute(PyTypeObject *type, PyObject *name) {
 }
 
 static int refuse(PyObject *exception, const char *function, const fn_array *array, const char *reason) {
-    PyErr_Format(exception, "%s: %s is a %s%s", function, array->view.name, fn_type_name(array->object), reason);
+    PyErr_Format(exception, "%s: %s is %s%s%s", function, array->view.name, fn_article(array->object),
+                 fn_type_name(array->object), reason);
     return -1;
 }
 
@@ -110,22 +111,14 @@ int fn_array_open(fn_state *state, const char *function, const char *name, PyObj
     return 0;
 }
 
-static bool runs_python(fn_door door) { return door == FN_DOOR_DLPACK || door == FN_DOOR_JAX; }
-
 int fn_array_import_foreign(fn_state *state, const char *function, fn_array *array) {
-    return runs_python(array->through.door) ? fn_import_capsule(state, function, array) : 0;
+    return fn_runs_python(array->through.door) ? fn_import_capsule(state, function, array) : 0;
 }
 
 int fn_array_import_native(fn_state *state, const char *function, fn_array *array, bool own) {
-    if (runs_python(array->through.door)) return 0;
-    fn_array_close(array);
-    switch (array->through.door) {
-    case FN_DOOR_NDARRAY: return fn_import_ndarray(state, function, array);
-    case FN_DOOR_TORCH: return fn_import_torch(state, function, array, own);
-    case FN_DOOR_EXCHANGE:
-    case FN_DOOR_DLPACK:
-    case FN_DOOR_JAX: break;
-    }
+    if (fn_runs_python(array->through.door)) return 0;
+    if (array->versioned) fn_array_close(array);
+    if (array->through.door == FN_DOOR_NDARRAY) return fn_import_ndarray(state, function, array);
     return fn_import_exchange(function, array, own);
 }
 
@@ -159,7 +152,7 @@ PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_arra
 }
 
 PyObject *fn_array_deliver(fn_state *state, const fn_array *like, PyObject *allocated) {
-    if (!runs_python(like->through.door)) return allocated;
+    if (!fn_runs_python(like->through.door)) return allocated;
     PyObject *namespace = PyObject_CallMethodNoArgs(like->object, state->text_array_namespace);
     PyObject *result = namespace ? PyObject_CallMethodOneArg(namespace, state->text_from_dlpack, allocated) : NULL;
     Py_XDECREF(namespace);

@@ -30,6 +30,8 @@ typedef enum {
     FN_DOOR_JAX       /* __dlpack__ of an immutable array */
 } fn_door;
 
+static inline bool fn_runs_python(fn_door door) { return door == FN_DOOR_DLPACK || door == FN_DOOR_JAX; }
+
 typedef struct {
     fn_door door;
     const dl_exchange_api *api; /* TORCH and EXCHANGE */
@@ -108,6 +110,7 @@ int fn_raise(fn_status status);
 
 /* "module.Type" of an object, for error texts; the text lives as long as the type. */
 const char *fn_type_name(PyObject *object);
+static inline const char *fn_article(PyObject *object) { return object == Py_None ? "" : "a "; }
 
 /* ---- arguments.c ---------------------------------------------------------------------------------------------------- */
 
@@ -150,11 +153,11 @@ int fn_dtype_from_descriptor(fn_state *state, PyObject *object, fn_dtype *dtype)
 
 /* Loads the names that torch.c needs if torch is imported already; 0 also if it is not. */
 int fn_torch_ready(fn_state *state);
-int fn_import_torch(fn_state *state, const char *function, fn_array *array, bool own);
+/* Refuses tensors among these whose gradient the call would lose, or whose values are not what lies in memory. Lets other
+ * Python threads run, so it comes before any memory is borrowed. */
+int fn_torch_check(fn_state *state, const char *function, fn_array *const *arrays, int count);
 PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype);
-/* Refuses tensors whose gradient the call would lose. */
-int fn_torch_check_gradients(fn_state *state, const char *function, fn_array *const *arrays, int count);
-/* Tells autograd that the tensors among these were written. */
+/* Tells autograd that the torch tensors among these were written. */
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count);
 
 /* ---- norms.c -------------------------------------------------------------------------------------------------------- */

@@ -51,7 +51,7 @@ static PyObject *py_set_num_threads(PyObject *module, PyObject *number) {
     int overflow = 0;
     if (PyBool_Check(number) || !PyIndex_Check(number)) {
         PyErr_Format(PyExc_TypeError, "set_num_threads: n is %s%s: it must be an integer of at least 1",
-                     number == Py_None ? "" : "a ", fn_type_name(number));
+                     fn_article(number), fn_type_name(number));
         return NULL;
     }
     const long threads = PyLong_AsLongAndOverflow(number, &overflow);

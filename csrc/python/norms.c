@@ -27,8 +27,11 @@ typedef struct {
     fn_array *array[OPERANDS];    /* NULL: absent. An output that is its own input is that input's array */
     fn_array *distinct[OPERANDS]; /* each of them once */
     int count;
+    unsigned doors;                /* the set of their doors, a bit each */
     PyObject *allocated[OPERANDS]; /* owned */
 } norm_arrays;
+
+static bool has_door(const norm_arrays *arrays, fn_door door) { return arrays->doors >> door & 1; }
 
 /* ---- arrays ----------------------------------------------------------------------------------------------------------- */
 
@@ -40,6 +43,7 @@ static int open_array(const norm_call *call, norm_arrays *arrays, int operand, P
     if (fn_array_open(call->state, call->args.function, name, object, array) < 0) return -1;
     arrays->array[operand] = array;
     arrays->distinct[arrays->count++] = array;
+    arrays->doors |= 1u << array->through.door;
     return 0;
 }
 
@@ -63,7 +67,7 @@ static int open_given(const norm_call *call, norm_arrays *arrays) {
             return -1;
         }
     }
-    for (int i = 0; i < arrays->count; i++)
+    for (int i = 0; i < arrays->count && (has_door(arrays, FN_DOOR_DLPACK) || has_door(arrays, FN_DOOR_JAX)); i++)
         if (fn_array_import_foreign(call->state, call->args.function, arrays->distinct[i]) < 0) return -1;
     return 0;
 }
@@ -91,7 +95,7 @@ static int allocate_results(const norm_call *call, norm_arrays *arrays) {
     if (call->allocate[RESIDUAL_OUT] &&
         allocate_result(call, arrays, RESIDUAL_OUT, RESIDUAL, arrays->array[RESIDUAL]->view.dtype) < 0)
         return -1;
-    if (call->allocate[OUT]) return 0;
+    if (call->allocate[OUT] || !call->out_dtype) return 0;
 
     fn_array *out = arrays->array[OUT];
     if (out != x && fn_array_import_native(call->state, function, out, false) < 0) return -1;
@@ -178,7 +182,8 @@ static int run(norm_call *call, norm_arrays *arrays) {
     fn_state *state = call->state;
     const char *function = call->args.function;
     if (open_given(call, arrays) < 0 || allocate_results(call, arrays) < 0) return -1;
-    if (fn_torch_check_gradients(state, function, arrays->distinct, arrays->count) < 0) return -1;
+    if (has_door(arrays, FN_DOOR_TORCH) && fn_torch_check(state, function, arrays->distinct, arrays->count) < 0)
+        return -1;
     if (call->normalized_shape) {
         if (fn_array_import_native(state, function, arrays->array[X], false) < 0) return -1;
         if (check_normalized_shape(call, &arrays->array[X]->view) < 0) return -1;
@@ -193,6 +198,7 @@ static int run(norm_call *call, norm_arrays *arrays) {
     }
     if (compute(call, arrays, own) < 0) return -1;
 
+    if (!has_door(arrays, FN_DOOR_TORCH)) return 0;
     fn_array *written[2];
     int count = 0;
     for (int operand = OUT; operand < OPERANDS; operand++)
@@ -204,6 +210,7 @@ static int run(norm_call *call, norm_arrays *arrays) {
 static int norm(norm_call *call, PyObject *results[OPERANDS]) {
     norm_arrays arrays;
     arrays.count = 0;
+    arrays.doors = 0;
     int status = run(call, &arrays);
     for (int i = 0; i < arrays.count; i++) fn_array_close(arrays.distinct[i]);
     for (int operand = OUT; operand < OPERANDS; operand++) {

@@ -123,41 +123,39 @@ static int has_tangent(fn_state *state, PyObject *tensor) {
     return found;
 }
 
-int fn_torch_check_gradients(fn_state *state, const char *function, fn_array *const *arrays, int count) {
-    bool any = false;
-    for (int i = 0; i < count; i++) any |= arrays[i]->through.door == FN_DOOR_TORCH;
-    if (!any) return 0;
-    const int grad = grad_mode(&state->torch);
-    if (grad < 0) return -1;
-    PyObject *level = PyDict_GetItem(state->torch.forward_ad_globals, state->text_current_level); /* borrowed */
-    const bool forward = level && PyLong_Check(level) && PyLong_AsLong(level) >= 0;
-    for (int i = 0; i < count && (grad || forward); i++) {
-        if (arrays[i]->through.door != FN_DOOR_TORCH) continue;
-        int found = grad ? is_true(ask(state->torch.requires_grad, arrays[i]->object)) : 0;
-        if (found == 1) return refuse_gradient(function, arrays[i], "requires grad while grad mode is on");
-        if (found == 0 && forward) found = has_tangent(state, arrays[i]->object);
-        if (found == 1) return refuse_gradient(function, arrays[i], "carries a forward-mode tangent");
-        if (found < 0) return -1;
-    }
-    return 0;
+static int check_gradient(fn_state *state, const char *function, const fn_array *array, bool grad, bool forward) {
+    int found = grad ? is_true(ask(state->torch.requires_grad, array->object)) : 0;
+    if (found == 1) return refuse_gradient(function, array, "requires grad while grad mode is on");
+    if (found == 0 && forward) found = has_tangent(state, array->object);
+    if (found == 1) return refuse_gradient(function, array, "carries a forward-mode tangent");
+    return found;
 }
 
-/* ---- in, out -------------------------------------------------------------------------------------------------------------- */
-
-int fn_import_torch(fn_state *state, const char *function, fn_array *array, bool own) {
-    if (fn_import_exchange(function, array, own) < 0) return -1;
+static int check_negative_bit(fn_state *state, const char *function, const fn_array *array) {
     const int negative = is_true(ask(state->torch.is_neg, array->object));
-    if (negative < 0) return -1;
-    if (negative) {
+    if (negative == 1)
         PyErr_Format(
             PyExc_TypeError,
             "%s: %s has its negative bit set (a view such as x.conj().imag), so its memory holds other values: "
             "pass %s.resolve_neg()",
             function, array->view.name, array->view.name);
-        return -1;
+    return negative == 0 ? 0 : -1;
+}
+
+int fn_torch_check(fn_state *state, const char *function, fn_array *const *arrays, int count) {
+    const int grad = grad_mode(&state->torch);
+    if (grad < 0) return -1;
+    PyObject *level = PyDict_GetItem(state->torch.forward_ad_globals, state->text_current_level); /* borrowed */
+    const bool forward = level && PyLong_Check(level) && PyLong_AsLong(level) >= 0;
+    for (int i = 0; i < count; i++) {
+        if (arrays[i]->through.door != FN_DOOR_TORCH) continue;
+        if ((grad || forward) && check_gradient(state, function, arrays[i], grad, forward) < 0) return -1;
+        if (check_negative_bit(state, function, arrays[i]) < 0) return -1;
     }
     return 0;
 }
+
+/* ---- results -------------------------------------------------------------------------------------------------------------- */
 
 PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype) {
     const fn_torch *torch = &state->torch;
@@ -174,7 +172,8 @@ PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtyp
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count) {
     for (int i = 0; i < count; i++) {
         if (arrays[i]->through.door != FN_DOOR_TORCH) continue;
-        PyObject *one = PyTuple_Pack(1, arrays[i]->object);
+        PyObject *one = PyTuple_New(1);
+        if (one) PyTuple_SET_ITEM(one, 0, Py_NewRef(arrays[i]->object));
         PyObject *done = one ? PyObject_CallOneArg(state->torch.increment_version, one) : NULL;
         Py_XDECREF(one);
         if (!done) return -1;

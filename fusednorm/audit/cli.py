@@ -15,9 +15,9 @@ from .progress import progress_bar
 from .run import Options, audit, find
 
 SUMMARY = "count what every RMSNorm found here rounds differently from the exact result"
-DESCRIPTION = """Compares every RMSNorm found in this installation (fusednorm under each preset, NumPy, and those of PyTorch and
-transformers where they are installed) with the exact result at Hugging Face's rounding points, with HF eager, with
-itself at other batch sizes, and in time; on random data and on the hidden states of a real model."""
+DESCRIPTION = """Compares every RMSNorm found in this installation (fusednorm under each preset, NumPy, and those of
+PyTorch and transformers where they are installed) with the exact result, with HF eager, with itself in batches of
+other sizes, and in time; on random data and on the hidden states of a real model."""
 EXAMPLES = """examples:
   python -m fusednorm audit                                 everything that is found; a minute or two
   python -m fusednorm audit --quick                         small arrays, without torch.compile: seconds
@@ -84,7 +84,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--seed", type=_at_least(0), metavar="N", help="of the random data (a fresh one, shown in the output)")
     add("--threads", type=_at_least(1), metavar="N", help="of every package that can be told (default: as they are)")
     add("--quick", action="store_true", help="small arrays, fewer batch sizes, no torch.compile")
-    add("--plot", type=_output((".png", ".svg")), metavar="FILE", help="also draw bars into a .png or .svg (matplotlib)")
+    add("--plot", type=_output((".png", ".svg")), metavar="FILE", help="also draw bars: .png or .svg; needs matplotlib")
     add("--json", type=_output((), dash=True), metavar="FILE", help="also write JSON; - writes JSON alone to stdout")
     add("--list", action="store_true", help="list what was found and what is absent, and stop")
     parser.set_defaults(run=run, parser=parser)

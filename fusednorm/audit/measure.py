@@ -69,8 +69,8 @@ class Reference:
 class Operation:
     """`name` is the peer's method, `inputs` its array arguments, of which `batched` have a row per token.
 
-    `exact` gives the result at the rounding points asked for. `references` are those that every peer is counted against;
-    `points` are all there are, the fewer first: at which of them a peer rounds is found out, not believed.
+    `exact` gives the result at the rounding points asked for. `references` are those that every peer is counted
+    against; `points` are all there are, the fewer first: at which of them a peer rounds is found out, not believed.
     """
 
     name: str
@@ -194,14 +194,16 @@ def check_batches(peer: Peer, operation: Operation, operands: Operands, sizes: l
 
 
 def time_calls(calls: Mapping[str, Callable[[], Any]], budget_s: float) -> dict[str, list[float]]:
-    """Seconds of each call in each round; the calls of a round follow one another, so that a ratio compares neighbours."""
+    """Seconds of each call in each round. The calls of a round follow one another: a ratio compares neighbours.
+
+    Each is made twice and timed once, so that every one finds in the caches what it left there itself.
+    """
     clock = time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for one_call in calls.values():
-        one_call()
     begin, rounds = clock(), 0
     while rounds < 5 or (rounds < 301 and clock() - begin < budget_s):
         for name, one_call in calls.items():
+            one_call()
             start = clock()
             result = one_call()
             seconds[name].append(clock() - start)

@@ -1,4 +1,4 @@
-"""The arrays that the audit runs on: fresh random ones, and the hidden states of a real model shipped with the package."""
+"""The arrays that the audit runs on: random ones, and the hidden states of a real model, shipped with the package."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def _quotient(numerator: F64, row: F64, eps: float, name: str) -> F64:
             levels += 1
         quotient = numerator / np.sqrt(total / row.shape[1] + eps)
         # Each level of the sum of positive numbers, the division and the addition of eps err by <= 1 UNIT, of which the
-        # square root leaves half; the root, the last division and the two products below add 1 each. One more covers the
-        # products of errors.
+        # square root leaves half; the root, the last division and the two products below add 1 each. One more covers
+        # the products of errors.
         bound = ((levels + 2) / 2 + 4) * UNIT
         low, high = round_to(quotient * (1 - bound), name), round_to(quotient * (1 + bound), name)
     for i, j in np.argwhere((low != high) & np.isfinite(quotient)):

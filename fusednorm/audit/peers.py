@@ -1,7 +1,7 @@
 """The RMSNorms that the audit compares, and the registry that holds them.
 
-A peer is a small class. To add one (a package's norm, a CUDA kernel, a product), write a subclass in a module that imports
-its package inside `load` alone, put an instance in that module's list and the list in `registry`.
+A peer is a small class. To add one (a package's norm, a CUDA kernel, a product), write a subclass in a module that
+imports its package inside `load` alone, put an instance in that module's list and the list in `registry`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Ours(Peer):
         return None
 
     def arrays(self, operands: Operands) -> dict[str, Any]:
-        """With an offset the weight is given less the offset, in fp32, so that every peer computes the same function."""
+        """With an offset the weight is given less the offset, in fp32: every peer computes the same function."""
         offset = np.float32(self.norm.get("weight_offset", 0.0))
         if not offset:
             return dict(operands.arrays)

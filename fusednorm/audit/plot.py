@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .measure import NEAREST, OPERATIONS, Table
+from .report import rounds
 from .run import Report
 
 BARS = {  # key in Result.differ: colour, legend
@@ -57,10 +58,10 @@ def draw(report: Report, path: Path) -> None:
                     legend.update(_panel(axis, tables[i], names=i == 0))
                 else:
                     axis.set_visible(False)
-        title = "Elements that differ from the exact result at"
-        figure.legend(
-            legend.values(), legend.keys(), loc="outside upper left", ncols=1, frameon=False, title=title, alignment="left"
-        )
+        heading = "Elements that differ from the exact result at"
+        place = {"loc": "outside upper left", "alignment": "left", "frameon": False}
+        titles = [title for _, title in BARS.values() if title in legend]
+        figure.legend([legend[title] for title in titles], titles, title=heading, **place)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         pyplot.close(figure)
 
@@ -92,6 +93,16 @@ def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
     axis.set_ylim(max(len(results), 1) - 0.45, -0.55)
     axis.set_yticks(range(len(results)), [result.label for result in results] if names else [""] * len(results))
     axis.tick_params(axis="y", length=0)
+    if names:
+        for i, result in enumerate(results):
+            small = {"fontsize": 6.5, "color": "#777777", "ha": "right", "va": "center"}
+            axis.text(
+                -0.012,
+                i + 0.34,
+                f"rounds {rounds(result, table).replace('-', 'nothing')}",
+                transform=axis.get_yaxis_transform(),
+                **small,
+            )
     axis.grid(axis="x", color="#e4e4e4", linewidth=0.6)
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):

@@ -30,7 +30,8 @@ def progress_bar(stream: TextIO | None = None) -> Iterator[Progress]:
 @contextmanager
 def _rich(stream: TextIO) -> Iterator[Progress]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress as RichProgress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with RichProgress(*columns, console=Console(file=stream), transient=True) as shown:

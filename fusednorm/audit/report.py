@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TextIO
+import textwrap
+from typing import TextIO
 
 import numpy as np
 
@@ -12,15 +13,15 @@ from .peers import EAGER
 from .run import Found, Report
 
 LEGEND = (
-    "Counted are the elements that differ, bit for bit; in brackets the largest difference in ulp.",
-    "exact: the real number, rounded at Hugging Face's points only: y = s / rms to the dtype, then y * weight. fp32 sum:"
-    " s = x + residual stays fp32. rounded sum: s is rounded to the dtype first, as transformers' Llama does by adding in the"
-    " model's dtype.",
-    "rounds: the points at which the exact result is nearest to the norm's: s, y as above ('s after var': the variance is"
-    " the fp32 sum's), - for none but the result. exact, nearest: what still differs from that one. Where it is small, the"
-    " norm is accurate and the large counts before it are a choice of rounding points.",
-    "batch: whether every row has the same bits alone and in batches of up to 1024 rows, or the first size at which not.",
-    "time: relative to fusednorm hf_llama, median of interleaved calls that allocate their results; 2.00 is twice as slow.",
+    "Counted: elements that differ, bit for bit; in brackets the largest difference in ulp.",
+    "exact, fp32 sum / rounded sum: the real number, rounded where Hugging Face rounds and nowhere else: y = s / rms"
+    " to the dtype, then y * weight. s = x + residual stays fp32, or is rounded to the dtype first, as in transformers,"
+    " whose Llama adds in the model's dtype.",
+    "rounds: where the norm rounds before its result, found by comparing it with the exact result at every choice:"
+    " s, y as above, 's after var' if the variance is the fp32 sum's, - for nowhere. exact, nearest: what differs from"
+    " that one. Where this is small the norm is accurate, and its large counts are a choice of rounding points.",
+    "batch: whether every row has the same bits alone and in batches of up to 1024 rows, or the first size where not.",
+    "time: relative to fusednorm hf_llama; the median of interleaved calls that allocate their results.",
 )
 
 
@@ -145,8 +146,8 @@ def write_plain(report: Report, stream: TextIO) -> None:
     parts = [header(report)]
     for table in report.tables:
         parts.append(f"{title(table)}\n{aligned(headings(table), cells(table))}")
-    parts.append("\n".join(LEGEND))
-    parts.append("\n".join(notes(report)))
+    for lines in (LEGEND, notes(report)):
+        parts.append("\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines))
     stream.write("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -159,11 +160,11 @@ def write_rich(report: Report, stream: TextIO) -> None:
     console = Console(file=stream, highlight=False)
     console.print(header(report), style="dim")
     for table in report.tables:
-        shown = RichTable(box=box.SIMPLE_HEAD, title=title(table), title_justify="left", title_style="bold", pad_edge=False)
+        shown = RichTable(box=box.SIMPLE_HEAD, title=title(table), title_justify="left", pad_edge=False)
         for i, heading in enumerate(headings(table)):
             shown.add_column(heading, justify="left" if i < 2 else "right", vertical="bottom", no_wrap=i == 0)
         for result, line in zip(table.results, cells(table), strict=True):
-            styled: list[Any] = [Text(cell) for cell in line]
+            styled = [Text(cell) for cell in line]
             for i, key in enumerate(counted(table)):
                 if key in result.differ:
                     share = result.differ[key] / max(1, table.elements)
@@ -172,10 +173,10 @@ def write_rich(report: Report, stream: TextIO) -> None:
                 styled[-2].stylize("red")
             shown.add_row(*styled)
         console.print(shown)
-    for line in LEGEND:
-        console.print(line, style="dim")
-    for line in notes(report):
-        console.print(line, style="yellow")
+    for text in LEGEND:
+        console.print(text, style="dim")
+    for text in notes(report):
+        console.print(text, style="yellow")
 
 
 def write(report: Report, stream: TextIO) -> None:

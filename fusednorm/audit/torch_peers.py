@@ -155,7 +155,7 @@ class Compiled(TorchPeer):
             raise Absent(reason)
 
     def arrays(self, operands: Operands) -> dict[str, Any]:
-        # Compiled code is kept per function and its number is limited (then torch runs eagerly): a fresh start for each.
+        # Compiled code is kept per function and its number is limited (then torch runs eagerly): begin anew.
         self.torch.compiler.reset()
         self.compiled_norm = self.torch.compile(hf_norm, fullgraph=True)
         self.compiled_fused = self.torch.compile(hf_fused, fullgraph=True)
@@ -177,8 +177,8 @@ def compiler() -> str | None:
 
 
 def probe_compile() -> str | None:
-    """Compiles one small function in a child process: a compiler alone is not enough (headers, OpenMP, a writable cache),
-    and a child can be given a time limit. Returns the reason why it does not work, or None."""
+    """Why torch.compile does not work, or None. Compiles one small function in a child process, which can be given a
+    time limit: a compiler alone is not enough (headers, OpenMP, a cache that can be written)."""
     code = "import torch; torch.compile(lambda a: a * 2 + 1, fullgraph=True)(torch.ones(64))"
     try:
         child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PROBE_SECONDS)

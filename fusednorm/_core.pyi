@@ -1,0 +1,145 @@
+from typing import Any, Literal, Protocol, TypedDict, TypeVar, overload
+
+class _Array(Protocol):
+    def __dlpack__(self, *args: Any, **keywords: Any) -> Any: ...
+
+_X = TypeVar("_X", bound=_Array)
+_Residual = TypeVar("_Residual", bound=_Array)
+_Out = TypeVar("_Out", bound=_Array)
+_ResidualOut = TypeVar("_ResidualOut", bound=_Array)
+
+class _CpuInfo(TypedDict):
+    path: str
+    built: list[str]
+    available: list[str]
+    threading: Literal["openmp", "none"]
+    num_threads: int
+
+class _CudaInfo(TypedDict):
+    built: bool
+    available: bool
+    reason: str
+
+class _Info(TypedDict):
+    version: str
+    compiler: str
+    cpu: _CpuInfo
+    cuda: _CudaInfo
+
+# out_dtype is any spelling of float32, float16 or bfloat16: a name, a NumPy, ml_dtypes, torch or JAX dtype.
+@overload
+def rms_norm(
+    x: _X,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    out: None = None,
+    out_dtype: Any = None,
+    stream: None = None,
+) -> _X: ...
+@overload
+def rms_norm(
+    x: _Array,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    out: _Out,
+    out_dtype: Any = None,
+    stream: None = None,
+) -> _Out: ...
+@overload
+def fused_add_rmsnorm(
+    x: _X,
+    residual: _Residual,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    post_residual_addition: _Array | None = None,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    round_sum: bool | Literal["after_variance"] = False,
+    out: None = None,
+    residual_out: None = None,
+    out_dtype: Any = None,
+    inplace: bool = True,
+    stream: None = None,
+) -> tuple[_X, _Residual]: ...
+@overload
+def fused_add_rmsnorm(
+    x: _Array,
+    residual: _Residual,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    post_residual_addition: _Array | None = None,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    round_sum: bool | Literal["after_variance"] = False,
+    out: _Out,
+    residual_out: None = None,
+    out_dtype: Any = None,
+    inplace: bool = True,
+    stream: None = None,
+) -> tuple[_Out, _Residual]: ...
+@overload
+def fused_add_rmsnorm(
+    x: _X,
+    residual: _Array,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    post_residual_addition: _Array | None = None,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    round_sum: bool | Literal["after_variance"] = False,
+    out: None = None,
+    residual_out: _ResidualOut,
+    out_dtype: Any = None,
+    inplace: bool = True,
+    stream: None = None,
+) -> tuple[_X, _ResidualOut]: ...
+@overload
+def fused_add_rmsnorm(
+    x: _Array,
+    residual: _Array,
+    weight: _Array | None = None,
+    eps: float = 1e-06,
+    *,
+    post_residual_addition: _Array | None = None,
+    weight_offset: float = 0.0,
+    cast_x_before_out_mul: bool = False,
+    round_sum: bool | Literal["after_variance"] = False,
+    out: _Out,
+    residual_out: _ResidualOut,
+    out_dtype: Any = None,
+    inplace: bool = True,
+    stream: None = None,
+) -> tuple[_Out, _ResidualOut]: ...
+@overload
+def rms_norm_batch_invariant(
+    input: _X,
+    normalized_shape: int | list[int] | tuple[int, ...],
+    weight: _Array | None = None,
+    eps: float | None = None,
+    *,
+    out: None = None,
+    stream: None = None,
+) -> _X: ...
+@overload
+def rms_norm_batch_invariant(
+    input: _Array,
+    normalized_shape: int | list[int] | tuple[int, ...],
+    weight: _Array | None = None,
+    eps: float | None = None,
+    *,
+    out: _Out,
+    stream: None = None,
+) -> _Out: ...
+def info() -> _Info: ...
+def get_num_threads() -> int: ...
+def set_num_threads(n: int, /) -> None: ...
+def _force_cpu_path(name: str | None, /) -> None: ...

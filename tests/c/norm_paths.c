@@ -1,0 +1,305 @@
+/* norm_paths.c: fn_norm on every available CPU path against the contract written once more (norm_reference.h).
+ *
+ * All combinations of dtypes and of used arrays, row lengths to 2^20, random strides, addresses and options, in place and
+ * not, one to four threads, large calls, and a caller with another rounding mode and with flush-to-zero. What is compared
+ * is the whole memory of every array: outputs bit for bit (a NaN with any NaN), everything else unchanged.
+ */
+#define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
+#include <fenv.h>
+
+#include "norm_reference.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+static fn_path paths[FN_PATH_COUNT];
+static int path_count;
+static int64_t elements; /* results compared, of all paths */
+static int64_t calls;
+static uint64_t seed;
+
+static void require_ok(fn_status status) {
+    if (status != FN_OK) CHECK_FAIL("status %d: %s", (int)status, fn_error_text());
+}
+
+static uint32_t encoding_at(const unsigned char *at, fn_dtype dtype) {
+    uint32_t bits = 0;
+    uint16_t half;
+    if (dtype == FN_FLOAT32) {
+        memcpy(&bits, at, 4);
+        return bits;
+    }
+    memcpy(&half, at, 2);
+    return half;
+}
+
+static void describe(const norm_case *c) {
+    for (int role = 0; role < ROLES; role++) {
+        const fn_tensor *const t = &c->arrays[role].tensor;
+        if (!c->used[role]) continue;
+        fprintf(stderr, "  %s: %s, address %% 64 = %d, shape", role_names[role], fn_dtypes[c->dtype[role]].name,
+                (int)((uintptr_t)t->data % 64));
+        for (int d = 0; d < t->ndim; d++) fprintf(stderr, " %lld", (long long)t->shape[d]);
+        fprintf(stderr, ", strides in bytes");
+        for (int d = 0; d < t->ndim; d++) fprintf(stderr, " %lld", (long long)t->stride_bytes[d]);
+        fputc('\n', stderr);
+    }
+    fprintf(
+        stderr, "  eps %g, weight_offset %g, cast_x_before_out_mul %d, round_sum %d, in place: out %d, residual %d\n",
+        c->eps, c->weight_offset, c->cast_x_before_out_mul, (int)c->round_sum, c->out_in_place, c->residual_in_place);
+}
+
+static void compare_output(norm_case *c, int role, const char *path) {
+    const norm_array *const array = &c->arrays[role];
+    const int64_t stride = array->stride_bytes[array->tensor.ndim - 1];
+    const size_t item = (size_t)fn_dtypes[c->dtype[role]].bytes;
+    elements += row_count(c) * c->columns;
+    if (memcmp(array->memory, array->after, (size_t)array->bytes) == 0) return;
+    for (int64_t row = 0; row < row_count(c); row++) {
+        const int64_t first = row_offset(c, array, row);
+        for (int64_t column = 0; column < c->columns; column++) {
+            unsigned char *const at = array->memory + first + column * stride;
+            const unsigned char *const expected = array->after + first + column * stride;
+            if (memcmp(at, expected, item) == 0) continue;
+            const float is = load_element(at, c->dtype[role]), must = load_element(expected, c->dtype[role]);
+            if (isnan(is) && isnan(must)) {
+                memcpy(at, expected, item);
+                continue;
+            }
+            fprintf(stderr, "%s: %s[%lld, %lld] is %a, 0x%x, not %a, 0x%x\n", path, role_names[role], (long long)row,
+                    (long long)column, (double)is, encoding_at(at, c->dtype[role]), (double)must,
+                    encoding_at(expected, c->dtype[role]));
+            describe(c);
+            CHECK_FAIL("seed %llu, call %lld", (unsigned long long)seed, (long long)calls);
+        }
+    }
+}
+
+static void run_on_path(norm_case *c, fn_path path) {
+    reset_memory(c);
+    require_ok(fn_cpu_force_path(fn_path_name(path)));
+    calls++;
+    const fn_status status = fn_norm(&c->args);
+    if (status != FN_OK) {
+        describe(c);
+        CHECK_FAIL("%s: status %d: %s", fn_path_name(path), (int)status, fn_error_text());
+    }
+    compare_output(c, OUT, fn_path_name(path));
+    if (c->used[RESIDUAL]) compare_output(c, RESIDUAL_OUT, fn_path_name(path));
+    for (int role = 0; role < ROLES; role++) {
+        const norm_array *const array = &c->arrays[role];
+        if (!c->used[role] || memcmp(array->memory, array->after, (size_t)array->bytes) == 0) continue;
+        describe(c);
+        CHECK_FAIL("%s: wrote bytes of %s that are no result; seed %llu, call %lld", fn_path_name(path),
+                   role_names[role], (unsigned long long)seed, (long long)calls);
+    }
+}
+
+static void run_on_all_paths(norm_case *c) {
+    for (int p = 0; p < path_count; p++) run_on_path(c, paths[p]);
+}
+
+static void report(const char *what, double start) {
+    static int64_t reported_elements, reported_calls;
+    printf("norm_paths: %s: %lld calls, %lld elements, %.1f s\n", what, (long long)(calls - reported_calls),
+           (long long)(elements - reported_elements), check_seconds() - start);
+    fflush(stdout);
+    reported_elements = elements;
+    reported_calls = calls;
+}
+
+/* ---- the parts ------------------------------------------------------------------------------------------------------ */
+
+static void every_dtype_combination(int repeats, uint64_t *random) {
+    const double start = check_seconds();
+    static const int64_t lengths[] = {1,  2,  3,  7,   8,   9,   15,  16,  17,  24,  31,  32,  33,  63, 64,
+                                      65, 72, 96, 100, 111, 127, 128, 129, 191, 192, 193, 255, 256, 257};
+    for (int64_t n = 0; n < DTYPE_COMBINATIONS * (int64_t)repeats; n++) {
+        norm_case c = {0};
+        choose_dtypes(&c, n % DTYPE_COMBINATIONS);
+        choose_options(&c, random);
+        c.columns = lengths[random_below(random, (int64_t)(sizeof lengths / sizeof *lengths))];
+        build_case(&c, random);
+        expect_case(&c);
+        run_on_all_paths(&c);
+        free_case(&c);
+    }
+    report("every dtype combination", start);
+}
+
+static void every_row_length(bool sample, uint64_t *random) {
+    const double start = check_seconds();
+    static const int64_t longer[] = {511,  512,  513,  768,  1000, 1023,  1024,  1025,  2047,   2048,   2880,   3584,
+                                     4095, 4096, 5120, 7168, 8192, 12288, 16384, 28672, 131072, 300001, 1048576};
+    const int64_t shorter = sample ? 70 : 520;
+    for (int64_t n = 1; n < shorter + (int64_t)(sizeof longer / sizeof *longer); n++) {
+        const int64_t columns = n < shorter ? n : longer[n - shorter];
+        if (sample && columns > 30000) continue;
+        for (int k = 0; k < 6; k++) {
+            norm_case c = {0};
+            choose_dtypes(&c, k < 2 ? random_below(random, 36) : 36 + random_below(random, DTYPE_COMBINATIONS - 36));
+            choose_options(&c, random);
+            c.columns = columns;
+            c.plain = k % 2 == 0;
+            if (columns > 4096) c.leading[0] = c.leading[1] = 1;
+            build_case(&c, random);
+            expect_case(&c);
+            run_on_all_paths(&c);
+            free_case(&c);
+        }
+    }
+    report("row lengths", start);
+}
+
+/* Calls that are shared by threads, and calls that exceed the last-level cache, whose stores may go past it. */
+static void large_calls(bool sample, uint64_t *random) {
+    const double start = check_seconds();
+    static const struct {
+        int64_t rows, columns;
+        bool huge;
+    } sizes[] = {{300, 1000, false}, {2, 262147, false},  {1, 1048576, false}, {2048, 129, false},
+                 {7, 65536, false},  {12000, 1031, true}, {3, 5000000, true}};
+    for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
+        if (sample && n > 0) break;
+        for (int k = 0; k < (sizes[n].huge ? 1 : 3); k++) {
+            norm_case c = {0};
+            choose_dtypes(&c, (int)n % 2 != k % 2 ? 36 + random_below(random, DTYPE_COMBINATIONS - 36)
+                                                  : random_below(random, 36));
+            choose_options(&c, random);
+            if (sizes[n].huge) { /* for every cache */
+                c.out_in_place = c.residual_in_place = false;
+                c.dtype[OUT] = FN_FLOAT32;
+            }
+            c.ndim = 2;
+            c.leading[0] = 1;
+            c.leading[1] = sizes[n].rows;
+            c.columns = sizes[n].columns;
+            c.plain = sizes[n].huge || k < 2;
+            build_case(&c, random);
+            expect_case(&c);
+            for (int threads = 1; threads <= 4; threads++) {
+                require_ok(fn_set_num_threads(threads));
+                if (fn_get_num_threads() != threads) CHECK_FAIL("fn_get_num_threads: %d", fn_get_num_threads());
+                run_on_all_paths(&c);
+            }
+            free_case(&c);
+        }
+    }
+    report("large calls, 1 to 4 threads", start);
+}
+
+/* Sets or clears flush-to-zero, where this is known how to do; returns the control word. */
+static uint64_t flush_to_zero(bool on) {
+#if defined(__x86_64__)
+    _mm_setcsr(on ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
+    return _mm_getcsr() & ~0x3fu; /* without the flags of exceptions that have happened */
+#elif defined(__aarch64__)
+    uint64_t word;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(word));
+    word = on ? word | UINT64_C(1) << 24 : word & ~(UINT64_C(1) << 24);
+    __asm__ volatile("msr fpcr, %0" : : "r"(word) : "memory");
+    return word;
+#else
+    return on;
+#endif
+}
+
+static uint64_t control_word(void) {
+#if defined(__x86_64__)
+    return _mm_getcsr() & ~0x3fu;
+#elif defined(__aarch64__)
+    uint64_t word;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+#else
+    return (uint64_t)fegetround();
+#endif
+}
+
+static void other_environments(int repeats, uint64_t *random) {
+    const double start = check_seconds();
+    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    for (int n = 0; n < repeats; n++) {
+        norm_case c = {0};
+        choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
+        choose_options(&c, random);
+        c.columns = 1 + random_below(random, 300);
+        const bool many_rows = n % 64 == 0; /* enough for several threads, whose environment is another one's */
+        if (many_rows) {
+            c.ndim = 2;
+            c.leading[0] = 1;
+            c.leading[1] = 600;
+        }
+        build_case(&c, random);
+        expect_case(&c);
+        for (int p = 0; p < path_count; p++) {
+            reset_memory(&c);
+            require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
+            fesetround(modes[n % 4]);
+            flush_to_zero(n % 3 != 0);
+            const uint64_t before = control_word();
+            const fn_status status = fn_norm(&c.args);
+            const uint64_t after = control_word();
+            flush_to_zero(false);
+            fesetround(FE_TONEAREST);
+            require_ok(status);
+            calls++;
+            if (before != after)
+                CHECK_FAIL("%s: the control word was %#llx before and is %#llx after the call", fn_path_name(paths[p]),
+                           (unsigned long long)before, (unsigned long long)after);
+            compare_output(&c, OUT, fn_path_name(paths[p]));
+            if (c.used[RESIDUAL]) compare_output(&c, RESIDUAL_OUT, fn_path_name(paths[p]));
+        }
+        free_case(&c);
+    }
+    report("other rounding modes and flush-to-zero", start);
+}
+
+static void no_rows(uint64_t *random) {
+    for (int p = 0; p < path_count; p++) {
+        norm_case c = {0};
+        choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
+        choose_options(&c, random);
+        c.out_in_place = c.residual_in_place = false;
+        c.ndim = 2;
+        c.leading[0] = c.leading[1] = 1;
+        c.columns = 8;
+        build_case(&c, random);
+        for (int role = 0; role < ROLES; role++) {
+            if (role == WEIGHT || !c.used[role]) continue;
+            c.arrays[role].shape[0] = 0;
+            c.arrays[role].tensor.data = NULL;
+        }
+        require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
+        require_ok(fn_norm(&c.args));
+        calls++;
+        free_case(&c);
+    }
+}
+
+int main(int argc, char **argv) {
+    const check_options options =
+        check_parse(argc, argv, "fn_norm on every CPU path against the contract, bit for bit");
+    const double start = check_seconds();
+    uint64_t random = hash64(options.seed);
+    seed = options.seed;
+    exact_prepare();
+    prepare_arenas();
+    printf("norm_paths: paths");
+    for (int path = 0; path < FN_PATH_COUNT; path++) {
+        if (!fn_path_is_available((fn_path)path)) continue;
+        paths[path_count++] = (fn_path)path;
+        printf(" %s", fn_path_name((fn_path)path));
+    }
+    printf(", threading %s, seed %llu\n", fn_cpu_threading(), (unsigned long long)seed);
+
+    no_rows(&random);
+    every_dtype_combination(options.sample ? 1 : 8, &random);
+    every_row_length(options.sample, &random);
+    other_environments(options.sample ? 100 : 2000, &random);
+    large_calls(options.sample, &random);
+    printf("norm_paths: %lld calls, %lld elements on each path: all as the contract says, %.1f s\n", (long long)calls,
+           (long long)(elements / path_count), check_seconds() - start);
+    return 0;
+}
