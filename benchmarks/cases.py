@@ -76,7 +76,7 @@ class Operands:
                 self.arrays[name] = aligned(case.columns, dtype)
                 self.arrays[name][...] = rng.uniform(0.5, 1.5, case.columns).astype(dtype)
                 continue
-            flat = aligned(case.rows * case.columns, dtype)
+            flat = aligned(case.rows * case.columns, dtype, slack=case.columns)
             for start in range(0, flat.size, block.size):
                 flat[start : start + block.size] = block[: flat.size - start]
             self.arrays[name] = flat.reshape(case.rows, case.columns)
@@ -93,8 +93,8 @@ class Operands:
         return {name: torch.from_numpy(a.view(np.int16)).view(torch.bfloat16) for name, a in self.arrays.items()}
 
 
-def aligned(elements: int, dtype: np.dtype[Any]) -> Array:
-    """An array whose first element lies on a multiple of 64 bytes."""
-    memory = np.empty(elements * dtype.itemsize + 64, np.uint8)
+def aligned(elements: int, dtype: np.dtype[Any], slack: int = 0) -> Array:
+    """An array that begins on a multiple of 64 bytes, with memory for `slack` more elements behind it."""
+    memory = np.zeros((elements + slack) * dtype.itemsize + 64, np.uint8)
     skip = -memory.ctypes.data % 64
     return memory[skip : skip + elements * dtype.itemsize].view(dtype)

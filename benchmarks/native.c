@@ -3,11 +3,13 @@
  * repeat(function, arguments, keywords, calls) -> ns     `arguments` is a tuple, positional ones first; `keywords` None or
  *                                                        the tuple of names of the last of them
  * count(function, arguments, keywords, calls, title)     the same, seen by callgrind, which dumps its counters as `title`
- * copy(destination, source, bytes, threads, streaming)   addresses; 0 or 1: with stores that go past the caches
+ * copy(to, from, bytes, threads, streaming, both_ways)    addresses; 0 or 1: with stores that go past the caches; 0 or 1:
+ *                                                        and back again
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <stdbool.h>
 #include <string.h>
 #include <time.h>
 
@@ -51,8 +53,7 @@ static int parse_loop(PyObject *args, loop *l) {
 
 static int call_many(const loop *l, Py_ssize_t calls) {
     PyObject *const *arguments = ((PyTupleObject *)l->arguments)->ob_item;
-    const Py_ssize_t positional =
-        PyTuple_GET_SIZE(l->arguments) - (l->keywords ? PyTuple_GET_SIZE(l->keywords) : 0);
+    const Py_ssize_t positional = PyTuple_GET_SIZE(l->arguments) - (l->keywords ? PyTuple_GET_SIZE(l->keywords) : 0);
     for (Py_ssize_t i = 0; i < calls; i++) {
         PyObject *result = PyObject_Vectorcall(l->function, arguments, (size_t)positional, l->keywords);
         if (!result) return -1;
@@ -108,7 +109,7 @@ static void copy_streaming(char *destination, const char *source, size_t bytes) 
 }
 #endif
 
-static void copy_part(char *destination, const char *source, size_t bytes, int streaming) {
+static void copy_part(char *destination, const char *source, size_t bytes, bool streaming) {
 #if defined(__x86_64__)
     if (streaming && ((uintptr_t)destination | (uintptr_t)source) % 64 == 0) {
         copy_streaming(destination, source, bytes);
@@ -120,18 +121,23 @@ static void copy_part(char *destination, const char *source, size_t bytes, int s
     memcpy(destination, source, bytes);
 }
 
+static void copy_both(char *to, char *from, size_t begin, size_t end, bool streaming, bool both_ways) {
+    copy_part(to + begin, from + begin, end - begin, streaming);
+    if (both_ways) copy_part(from + begin, to + begin, end - begin, streaming);
+}
+
 static PyObject *copy(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given) {
-    if (given != 5) {
-        PyErr_SetString(PyExc_TypeError, "copy(destination, source, bytes, threads, streaming)");
+    if (given != 6) {
+        PyErr_SetString(PyExc_TypeError, "copy(to, from, bytes, threads, streaming, both_ways)");
         return NULL;
     }
-    char *destination = PyLong_AsVoidPtr(args[0]);
-    const char *source = PyLong_AsVoidPtr(args[1]);
+    char *to = PyLong_AsVoidPtr(args[0]), *from = PyLong_AsVoidPtr(args[1]);
     const size_t bytes = PyLong_AsSize_t(args[2]);
-    const long threads = PyLong_AsLong(args[3]), streaming = PyLong_AsLong(args[4]);
+    const long threads = PyLong_AsLong(args[3]);
+    const bool streaming = PyLong_AsLong(args[4]) != 0, both_ways = PyLong_AsLong(args[5]) != 0;
     if (PyErr_Occurred()) return NULL;
     if (threads <= 1) {
-        copy_part(destination, source, bytes, (int)streaming);
+        copy_both(to, from, 0, bytes, streaming, both_ways);
         Py_RETURN_NONE;
     }
 #if defined(_OPENMP)
@@ -141,7 +147,7 @@ static PyObject *copy(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssi
         const size_t team = (size_t)omp_get_num_threads(), thread = (size_t)omp_get_thread_num();
         const size_t begin = bytes / 64 * thread / team * 64;
         const size_t end = thread + 1 == team ? bytes : bytes / 64 * (thread + 1) / team * 64;
-        copy_part(destination + begin, source + begin, end - begin, (int)streaming);
+        copy_both(to, from, begin, end, streaming, both_ways);
     }
     Py_END_ALLOW_THREADS;
     Py_RETURN_NONE;
@@ -171,10 +177,10 @@ static PyObject *features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unuse
 static PyMethodDef functions[] = {
     {"repeat", repeat, METH_VARARGS, "(function, arguments, keywords, calls) -> ns"},
     {"count", count, METH_VARARGS, "(function, arguments, keywords, calls, title)"},
-    {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "(destination, source, bytes, threads, streaming)"},
+    {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "(to, from, bytes, threads, streaming, both_ways)"},
     {"features", features, METH_NOARGS, "what this build can do"},
     {NULL, NULL, 0, NULL}};
-static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "benchmarks_native", .m_size = 0, .m_methods = functions};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, .m_name = "benchmarks_native", .m_size = 0,
+                                        .m_methods = functions};
 
 PyMODINIT_FUNC PyInit_benchmarks_native(void) { return PyModuleDef_Init(&definition); }

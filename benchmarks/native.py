@@ -9,7 +9,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import build_c  # noqa: E402
+import build_c
 
 SOURCE = "benchmarks/native.c"
 

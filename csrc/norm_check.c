@@ -48,11 +48,11 @@ static fn_status check_shapes(const char *function, const fn_tensor *const opera
     int64_t count = 1, elements;
     for (int32_t i = 0; i < x->ndim - 1; i++)
         if (x->shape[i] == 0) count = 0;
-    for (int32_t i = 0; count && i < x->ndim - 1; i++)
-        FN_REQUIRE(!__builtin_mul_overflow(count, x->shape[i], &count), FN_ERROR_VALUE,
-                   "%s: %s has shape %s: more elements than memory could hold", function, x->name, shape_of(x).text);
-    FN_REQUIRE(!__builtin_mul_overflow(count, columns * 4, &elements), FN_ERROR_VALUE,
-               "%s: %s has shape %s: more elements than memory could hold", function, x->name, shape_of(x).text);
+    bool overflow = false;
+    for (int32_t i = 0; count && i < x->ndim - 1; i++) overflow |= __builtin_mul_overflow(count, x->shape[i], &count);
+    overflow |= __builtin_mul_overflow(count, columns, &elements) || elements > INT64_MAX / 8;
+    FN_REQUIRE(!overflow, FN_ERROR_VALUE, "%s: %s has shape %s: more elements than memory could hold", function,
+               x->name, shape_of(x).text);
     *rows = count;
     return FN_OK;
 }
@@ -62,7 +62,7 @@ static fn_status check_shapes(const char *function, const fn_tensor *const opera
 static fn_status check_devices(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
     static const char *const names[] = {[FN_CPU] = "cpu", [FN_CUDA] = "cuda"};
     const fn_tensor *x = operand[FN_X];
-    for (int i = 0; i < FN_OPERANDS; i++) {
+    for (int i = FN_X + 1; i < FN_OPERANDS; i++) {
         const fn_tensor *a = operand[i];
         if (!a || (a->device_type == x->device_type && a->device_id == x->device_id)) continue;
         return fn_fail(FN_ERROR_VALUE, "%s: %s is on %s:%d, but %s is on %s:%d: they must be on one device", function,
@@ -71,13 +71,9 @@ static fn_status check_devices(const char *function, const fn_tensor *const oper
     return FN_OK;
 }
 
-static fn_status check_writable(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
-    static const int outputs[] = {FN_OUT, FN_RESIDUAL_OUT};
-    for (int i = 0; i < 2; i++) {
-        const fn_tensor *a = operand[outputs[i]];
-        FN_REQUIRE(!a || !a->readonly, FN_ERROR_BUFFER, "%s: %s is read-only: an output must be writable", function,
-                   a->name);
-    }
+static fn_status check_writable(const char *function, const fn_tensor *a) {
+    FN_REQUIRE(!a || !a->readonly, FN_ERROR_BUFFER, "%s: %s is read-only: an output must be writable", function,
+               a->name);
     return FN_OK;
 }
 
@@ -183,7 +179,8 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
                args->weight_offset);
     FN_TRY(check_devices(function, operand));
     FN_TRY(check_shapes(function, operand, &plan->rows));
-    FN_TRY(check_writable(function, operand));
+    FN_TRY(check_writable(function, args->out));
+    FN_TRY(check_writable(function, args->residual_out));
     if (plan->rows == 0) return FN_OK;
 
     plan->columns = args->x->shape[args->x->ndim - 1];
@@ -213,7 +210,7 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
         merge_leading_dimensions(plan, operand);
         return FN_OK;
     }
-    plan->leading_ndim = 1;
+    plan->leading_ndim = plan->rows > 1;
     plan->leading_shape[0] = plan->rows;
     return check_overlaps_of_runs(function, operand, run_bytes);
 }

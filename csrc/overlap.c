@@ -9,9 +9,9 @@ typedef struct {
 static extent extent_of(const fn_tensor *a) {
     uint64_t low = (uint64_t)(uintptr_t)a->data, high = low + (uint64_t)fn_dtypes[a->dtype].bytes;
     for (int32_t i = 0; i < a->ndim; i++) {
-        const int64_t reach = (a->shape[i] - 1) * a->stride_bytes[i];
-        if (reach < 0) low += (uint64_t)reach;
-        else high += (uint64_t)reach;
+        const uint64_t reach = (uint64_t)(a->shape[i] - 1) * (uint64_t)a->stride_bytes[i];
+        if (a->stride_bytes[i] < 0) low += reach;
+        else high += reach;
     }
     return (extent){low, high};
 }

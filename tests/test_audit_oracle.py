@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
@@ -83,29 +84,24 @@ def test_numbers_at_both_ends(rng: np.random.Generator, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize(("element", "below", "above"), [(257, 256, 258), (259, 258, 260)])
-def test_exact_results_at_ties(element: int, below: int, above: int, sign: int) -> None:
-    """With an rms of exactly 256, y is halfway between two bf16 numbers; an eps beyond float64 decides."""
+@pytest.mark.parametrize(("element", "below", "tie", "above"), [(257, 256, 256, 258), (259, 258, 260, 260)])
+def test_exact_results_at_ties(element: int, below: int, tie: int, above: int, sign: int) -> None:
+    """element / 256 lies halfway between two bf16 numbers; whole numbers of which the mean of squares is 2^44, give or
+    take 2^-6, put y there or beside it by less than float64 can tell."""
     if not helpers.HAVE_BFLOAT16:
         pytest.skip("bf16 needs ml_dtypes")
-    rest = 5 * 256**2 - element**2
-    parts = next(
-        (a, b, c, d)
-        for a in range(int(rest**0.5), 0, -1)
-        for b in range(int((rest - a * a) ** 0.5), -1, -1)
-        for c in range(int((rest - a * a - b * b) ** 0.5), -1, -1)
-        if (d := round((rest - a * a - b * b - c * c) ** 0.5)) ** 2 == rest - a * a - b * b - c * c
-    )
-    row = np.array([[sign * element, *parts]], np.float32)
-    weight = np.ones(5, np.float32)
-    even = 256 if element == 257 else 260
-    for points_y in (True, False):
-        tie = oracle.exact_norm(row, weight, 0.0, "bfloat16", points_y)
-        assert float(tie[0, 0]) * 256 == sign * even
-        with_eps = oracle.exact_norm(row, weight, 2.0**-100, "bfloat16", points_y)
-        assert float(with_eps[0, 0]) * 256 == sign * below
-        smaller = oracle.exact_norm(row, weight, 0.0, "bfloat16", points_y, row * np.float32(1 - 2.0**-24))
-        assert float(smaller[0, 0]) * 256 == sign * above
+    for step, expected in ((0, tie), (1, below), (-1, above)):
+        numbers = [element << 14, *[1 << 22] * 55]
+        rest = (64 << 44) + step - sum(v * v for v in numbers)
+        while rest:
+            numbers.append(math.isqrt(rest))
+            rest -= numbers[-1] ** 2
+        row = np.zeros((1, 64), np.float32)
+        row[0, : len(numbers)] = numbers
+        assert sum(int(v) ** 2 for v in row[0]) == (64 << 44) + step
+        for round_y in (True, False):
+            actual = oracle.exact_norm(sign * row, np.ones(64, np.float32), 0.0, "bfloat16", round_y)
+            assert float(actual[0, 0]) * 256 == sign * expected
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in helpers.DTYPES if dtype != "float32"])

@@ -209,9 +209,11 @@ def test_automatic_path() -> None:
         assert check_python(SHOW, **environment).strip() == best
 
 
-@pytest.mark.parametrize(
-    "name", ["sse9", "AVX2", " scalar", "reference", "neon", "avx2", "x" * 300, "x" + "é" * 99, "\udcff"]
-)
+WRONG_PATHS = {name: name for name in ("sse9", "AVX2", " scalar", "reference", "neon", "avx2")}
+WRONG_PATHS |= {"long": "x" * 300, "long UTF-8": "x" + "é" * 99, "not UTF-8": "\udcff"}
+
+
+@pytest.mark.parametrize("name", WRONG_PATHS.values(), ids=WRONG_PATHS.keys())
 def test_wrong_path(name: str) -> None:
     """The import works; the first operation says what there is, and so does every later one."""
     if name in CPU["available"]:

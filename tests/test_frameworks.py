@@ -42,7 +42,7 @@ def test_jax_out_of_place(core_path: Any, dtype: str) -> None:
     for result, wanted in zip(results, expected):
         assert isinstance(result, jax.Array)
         assert_same_bits(np.asarray(result), wanted)
-        assert_same_bits(np.asarray(result + 0 * result) if not np.isnan(wanted).any() else wanted, wanted)
+        assert_same_bits(np.asarray(result[::-1]), wanted[::-1])  # JAX computes with it
     assert_same_bits(np.asarray(core_path.rms_norm_batch_invariant(jx, 40)), _reference.rms_norm_batch_invariant(x, 40))
     assert core_path.rms_norm(jx[:0]).shape == (0, 5, 40)
     assert_same_bits(np.asarray(jx), x, "x")

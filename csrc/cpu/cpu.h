@@ -58,10 +58,10 @@ static inline float fn_norm_scale(float sum_of_squares, const fn_norm_plan *plan
 static inline void fn_row_seek(const fn_norm_plan *plan, int64_t number, fn_row *row) {
     for (int operand = 0; operand < FN_ROW_OPERANDS; operand++) row->data[operand] = plan->operand[operand].data;
     for (int dimension = plan->leading_ndim - 1; dimension >= 0; dimension--) {
-        const int64_t index = number % plan->leading_shape[dimension];
-        number /= plan->leading_shape[dimension];
+        const int64_t size = plan->leading_shape[dimension], index = number ? number % size : 0;
+        number = number ? number / size : 0;
         row->index[dimension] = index;
-        for (int operand = 0; operand < FN_ROW_OPERANDS; operand++)
+        for (int operand = 0; index && operand < FN_ROW_OPERANDS; operand++)
             if (row->data[operand]) row->data[operand] += index * plan->leading_stride[operand][dimension];
     }
 }

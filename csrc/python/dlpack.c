@@ -46,13 +46,16 @@ static int check_device(const char *function, fn_array *array, dl_device device)
     }
 }
 
+#define DTYPE_KEY(code, bits, lanes) ((uint32_t)(code) | (uint32_t)(bits) << 8 | (uint32_t)(lanes) << 16)
+#define DTYPE_KEY_ROW(symbol, name, bytes, code, eps) [symbol] = DTYPE_KEY(code, 8 * (bytes), 1),
+static const uint32_t dtype_keys[FN_DTYPE_COUNT] = {FN_FOR_EACH_DTYPE(DTYPE_KEY_ROW)};
+
 /* Copies what a borrowed tensor says: its shape and strides may not outlive the next call into Python. */
 static int take_tensor(const char *function, fn_array *array, const dl_tensor *tensor, bool readonly) {
     fn_tensor *view = &array->view;
+    const uint32_t wanted = DTYPE_KEY(tensor->dtype.code, tensor->dtype.bits, tensor->dtype.lanes);
     int dtype = 0;
-    while (dtype < FN_DTYPE_COUNT && (tensor->dtype.code != fn_dtypes[dtype].dlpack_code ||
-                                      tensor->dtype.bits != 8 * fn_dtypes[dtype].bytes || tensor->dtype.lanes != 1))
-        dtype++;
+    while (dtype < FN_DTYPE_COUNT && dtype_keys[dtype] != wanted) dtype++;
     if (dtype == FN_DTYPE_COUNT) return refuse_dtype(function, array, tensor->dtype);
     if (check_device(function, array, tensor->device) < 0) return -1;
     if (tensor->ndim < 0 || tensor->ndim > FN_MAX_NDIM)

@@ -1,0 +1,145 @@
+"""Runs the benchmarks and writes one table (and with --json one JSON file) for each into a folder.
+
+    python -m benchmarks.run results                      everything: about ten minutes on two cores
+    python -m benchmarks.run results --quick              a look: about two minutes
+    python -m benchmarks.run results --only call --json   host time of small calls, also as JSON
+    python -m benchmarks.run results --peer mine.py       with another contestant; benchmarks/peers.py says how
+
+Ratios within one table are comparable, figures of different runs or machines are not. On a machine that does other work
+at the same time the shares of memcpy move by tens of per cent; instruction counts do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+if __package__ in (None, ""):  # python benchmarks/run.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    __package__ = "benchmarks"
+    import benchmarks  # noqa: F401
+
+from fusednorm.audit.progress import Progress, progress_bar
+
+from . import bandwidth, calls, instructions, machine
+from .cases import DTYPES, numpy_dtype
+from .peers import Peer, registry
+from .report import Report
+
+BENCHMARKS = ("bandwidth", "call", "instructions")
+
+
+def _list_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name for name in text.split(",") if name)
+        for name in names:
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(allowed)}")
+        return names
+
+    return parse
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    try:
+        return tuple(int(float(part[:-1]) * units[part[-1]]) for part in text.split(","))
+    except (KeyError, ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"{text!r}: sizes look like 64K,1M,64M") from None
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = (0,)
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: numbers of threads look like 1,2")
+    return numbers
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    processors = machine.available_cpus()
+    parser.add_argument("folder", type=Path, help="where the results go; made if it is not there")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, row lengths and turns")
+    parser.add_argument("--json", action="store_true", help="write NAME.json beside NAME.txt")
+    parser.add_argument(
+        "--only", type=_list_of(BENCHMARKS), default=BENCHMARKS, metavar="NAMES", help=", ".join(BENCHMARKS)
+    )
+    parser.add_argument(
+        "--peer",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a Python file with a list PEERS; may be given again",
+    )
+    group = parser.add_argument_group("bandwidth")
+    group.add_argument(
+        "--threads",
+        type=_threads,
+        default=(1, 2) if processors > 1 else (1,),
+        metavar="NUMBERS",
+        help="default: %(default)s",
+    )
+    group.add_argument("--sizes", type=_sizes, metavar="SIZES", help="bytes of x, such as 64K,1M,64M")
+    group.add_argument("--dtypes", type=_list_of(DTYPES), default=DTYPES, metavar="NAMES", help=", ".join(DTYPES))
+    return parser.parse_args(words)
+
+
+def present(peers: list[Peer]) -> tuple[list[Peer], list[str]]:
+    """Those that can run, and for the others the reason."""
+    found, absent = [], []
+    for peer in peers:
+        reason = peer.absent()
+        if reason:
+            absent.append(f"{peer.name}: {reason}")
+        else:
+            found.append(peer)
+    return found, absent
+
+
+def known_dtypes(wanted: tuple[str, ...]) -> tuple[str, ...]:
+    found = []
+    for name in wanted:
+        try:
+            numpy_dtype(name)
+        except ImportError:
+            print(f"{name} is left out: it needs ml_dtypes", file=sys.stderr)
+        else:
+            found.append(name)
+    return tuple(found)
+
+
+def main() -> int:
+    options = parse_arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    peers, absent = present(registry(options.peer))
+    head = machine.describe()
+    if absent:
+        head["absent"] = "; ".join(absent)
+    settings = bandwidth.Settings(options.quick, options.threads, options.sizes, known_dtypes(options.dtypes))
+    runs: dict[str, Callable[[Progress], Report]] = {
+        "call": lambda progress: calls.run(options.quick, head, progress),
+        "instructions": lambda progress: instructions.run(options.quick, head, progress),
+        "bandwidth": lambda progress: bandwidth.run(peers, settings, head, progress),
+    }
+    for name, run in runs.items():  # call before bandwidth, which changes how malloc behaves in this process
+        if name not in options.only:
+            continue
+        with progress_bar() as progress:
+            report = run(progress)
+        report.head["load after"] = machine.load().replace("at the start", "at the end")
+        print(report.text())
+        for path in report.write(options.folder, options.json):
+            print(f"written: {path}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
