@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from functools import cache
 from pathlib import Path
@@ -11,17 +12,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import build_c
 
-SOURCE = "benchmarks/native.c"
-
 
 @cache
 def native() -> ModuleType:
     """The module of native.c, with threads where the compiler has OpenMP."""
     try:
-        return build_c.build_extension("benchmarks_native", [SOURCE], ["-fopenmp"])
+        return _build("-fopenmp")
     except build_c.BuildError:
-        return build_c.build_extension("benchmarks_native", [SOURCE])
+        return _build()
+
+
+def _build(*flags: str) -> ModuleType:
+    module: ModuleType = build_c.build_extension("benchmarks_native", ["benchmarks/native.c"], list(flags))
+    return module
 
 
 def stubs() -> ModuleType:
-    return build_c.stub_producer()
+    """Arrays that have the C exchange API, and the empty function `nothing`."""
+    module: ModuleType = build_c.stub_producer()
+    return module

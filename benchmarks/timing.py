@@ -53,7 +53,7 @@ def race(
     slow_rounds: int = 3,
     pause_s: float = 0.0,
 ) -> None:
-    """Fills `times`. A sample takes `sample_ns` or one call. Contestants above `slow_ns` a call join `slow_rounds` turns.
+    """Fills `times`. A sample takes `sample_ns` or one call; whoever takes `slow_ns` a call joins `slow_rounds` turns.
 
     Each sample follows an untimed call, so that it finds its own data in the caches as far as they hold it, and
     `pause_s` of sleep, in which idle threads of another library's pool stop spinning.

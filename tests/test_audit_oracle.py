@@ -86,21 +86,21 @@ def test_numbers_at_both_ends(rng: np.random.Generator, dtype: str) -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("element", "below", "tie", "above"), [(257, 256, 256, 258), (259, 258, 260, 260)])
 def test_exact_results_at_ties(element: int, below: int, tie: int, above: int, sign: int) -> None:
-    """element / 256 lies halfway between two bf16 numbers; whole numbers of which the mean of squares is 2^44, give or
-    take 2^-6, put y there or beside it by less than float64 can tell."""
+    """element / 256 lies halfway between two bf16 numbers; whole numbers of which the mean of squares is 2^46, give or
+    take 2^-8, put y there or beside it by less than float64 can tell."""
     if not helpers.HAVE_BFLOAT16:
         pytest.skip("bf16 needs ml_dtypes")
     for step, expected in ((0, tie), (1, below), (-1, above)):
-        numbers = [element << 14, *[1 << 22] * 55]
-        rest = (64 << 44) + step - sum(v * v for v in numbers)
+        numbers = [element << 15, *[1 << 23] * 240]
+        rest = (256 << 46) + step - sum(v * v for v in numbers)
         while rest:
-            numbers.append(math.isqrt(rest))
+            numbers.append(min(math.isqrt(rest), 1 << 23))
             rest -= numbers[-1] ** 2
-        row = np.zeros((1, 64), np.float32)
+        row = np.zeros((1, 256), np.float32)
         row[0, : len(numbers)] = numbers
-        assert sum(int(v) ** 2 for v in row[0]) == (64 << 44) + step
+        assert sum(int(v) ** 2 for v in row[0]) == (256 << 46) + step
         for round_y in (True, False):
-            actual = oracle.exact_norm(sign * row, np.ones(64, np.float32), 0.0, "bfloat16", round_y)
+            actual = oracle.exact_norm(sign * row, np.ones(256, np.float32), 0.0, "bfloat16", round_y)
             assert float(actual[0, 0]) * 256 == sign * expected
 
 
