@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fusednorm.audit.progress import Progress
-
 from . import machine
 from .cases import DTYPES, OPERATIONS, Case, Operands, numpy_dtype
 from .peers import BASE, MEMCPY, STREAMING, TORCH, Peer
+from .progress import Progress
 from .report import Report, Table, figure, judge, size
 from .timing import Contestant, race, ratio
 

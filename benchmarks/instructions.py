@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fusednorm.audit.progress import Progress
-
 from .callgrind import Profile, read_all
 from .machine import ROOT
 from .native import native
+from .progress import Progress
 from .report import Report, Table
 from .small_calls import EMPTY, SmallCall, small_calls
 
@@ -74,7 +73,7 @@ def profiles(calls: int) -> tuple[dict[str, Profile], str]:
 def run(quick: bool, head: dict[str, str], progress: Progress) -> Report:
     reason = absent()
     if reason:
-        return Report("instructions", head, notes=[f"Not measured: {reason}."])
+        return Report("instructions", dict(head), notes=[f"Not measured: {reason}."])
     calls = QUICK_CALLS if quick else CALLS
     progress(0, 1, "under valgrind, about half a minute")
     found, path = profiles(calls)

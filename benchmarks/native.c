@@ -3,6 +3,7 @@
  * repeat(function, arguments, keywords, calls) -> ns     `arguments` is a tuple, positional ones first; `keywords` None or
  *                                                        the tuple of names of the last of them
  * count(function, arguments, keywords, calls, title)     the same, seen by callgrind, which dumps its counters as `title`
+ * borrow(array, ...)                                     asks each for its memory by the DLPack C exchange API
  * copy(to, from, bytes, threads, streaming, both_ways)    addresses; 0 or 1: with stores that go past the caches; 0 or 1:
  *                                                        and back again
  */
@@ -27,6 +28,8 @@
 #define HAVE_CALLGRIND 1
 #endif
 #endif
+
+#include "python/dlpack_abi.h"
 
 static long long now_ns(void) {
     struct timespec t;
@@ -86,6 +89,24 @@ static PyObject *count(PyObject *Py_UNUSED(module), PyObject *args) {
     PyErr_SetString(PyExc_RuntimeError, "built without valgrind/callgrind.h");
     return NULL;
 #endif
+}
+
+/* What the C exchange API takes to lend each argument's memory: the floor under every call that goes through it. */
+static PyObject *borrow(PyObject *Py_UNUSED(module), PyObject *const *args, Py_ssize_t given) {
+    static PyTypeObject *known_type; /* borrowed: the benchmark keeps its arrays */
+    static const dl_exchange_api *known;
+    for (Py_ssize_t i = 0; i < given; i++) {
+        if (Py_TYPE(args[i]) != known_type) {
+            PyObject *capsule = PyObject_GetAttrString((PyObject *)Py_TYPE(args[i]), "__dlpack_c_exchange_api__");
+            known = capsule ? PyCapsule_GetPointer(capsule, "dlpack_exchange_api") : NULL;
+            Py_XDECREF(capsule); /* the table is immortal */
+            if (!known) return NULL;
+            known_type = Py_TYPE(args[i]);
+        }
+        dl_tensor tensor;
+        if (known->borrow_from_object(args[i], &tensor) != 0) return NULL;
+    }
+    Py_RETURN_NONE;
 }
 
 /* ---- copies ------------------------------------------------------------------------------------------------------------ */
@@ -177,6 +198,7 @@ static PyObject *features(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unuse
 static PyMethodDef functions[] = {
     {"repeat", repeat, METH_VARARGS, "(function, arguments, keywords, calls) -> ns"},
     {"count", count, METH_VARARGS, "(function, arguments, keywords, calls, title)"},
+    {"borrow", (PyCFunction)(void (*)(void))borrow, METH_FASTCALL, "(array, ...)"},
     {"copy", (PyCFunction)(void (*)(void))copy, METH_FASTCALL, "(to, from, bytes, threads, streaming, both_ways)"},
     {"features", features, METH_NOARGS, "what this build can do"},
     {NULL, NULL, 0, NULL}};

@@ -10,7 +10,7 @@ from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-import build_c
+build_c = importlib.import_module("build_c")
 
 
 @cache

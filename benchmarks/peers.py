@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import runpy
 from collections.abc import Callable
-from importlib import util
 from pathlib import Path
 
 import fusednorm
-from fusednorm.audit.peers import PlainNumpy
+from fusednorm.audit.peers import PlainNumpy, absent_package
 from fusednorm.audit.torch_peers import hf_fused, hf_norm
 
 from .cases import EPS, Case, Operands
@@ -34,6 +33,7 @@ BASE = "fusednorm"
 MEMCPY = "memcpy"
 STREAMING = "streaming copy"
 TORCH = "F.rms_norm"
+COPY_ALONE = 512 << 10
 
 
 class Peer:
@@ -60,7 +60,10 @@ class Peer:
 
 
 class Copy(Peer):
-    """The roofline: a copy of as many bytes as the case must move, of the same memory, by as many threads."""
+    """The roofline: a copy of as many bytes as the case must move, of the same memory, by as many threads.
+
+    Below COPY_ALONE a second thread only slows it down, so that it has one: a roofline is the fastest copy there is.
+    """
 
     def __init__(self, name: str, streaming: bool) -> None:
         self.name, self.streaming = name, streaming
@@ -71,11 +74,12 @@ class Copy(Peer):
         return None
 
     def call(self, case: Case, operands: Operands, other: str, both_ways: bool) -> Call | None:
-        if case.threads > 1 and not native().features()["threads"]:
-            return None
         bytes_copied = case.moved_bytes // case.operation.passes
+        threads = case.threads if bytes_copied >= COPY_ALONE else 1
+        if threads > 1 and not native().features()["threads"]:
+            return None
         addresses = (operands[other].ctypes.data, operands["x"].ctypes.data)
-        return Call(native().copy, (*addresses, bytes_copied, case.threads, int(self.streaming), int(both_ways)))
+        return Call(native().copy, (*addresses, bytes_copied, threads, int(self.streaming), int(both_ways)))
 
     def rms_norm(self, case: Case, operands: Operands) -> Call | None:
         return self.call(case, operands, "out", both_ways=False)
@@ -113,7 +117,7 @@ class NumPy(Peer):
 
 class TorchPeer(Peer):
     def absent(self) -> str | None:
-        return None if util.find_spec("torch") else "torch is not installed"
+        return absent_package("torch")
 
     def set_threads(self, threads: int) -> None:
         import torch

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+SHOWN = 4  # of the values that miss a goal, the worst
+HEAD_WIDTH = 12  # of a column of figures, where its title can be broken
 
 
 @dataclass(frozen=True)
 class Goal:
     text: str
     met: bool | None  # None: not measured
-    figures: str
+    figures: list[str]
 
-    def line(self) -> str:
+    def lines(self) -> list[str]:
         word = {True: "met", False: "MISSED", None: "not measured"}[self.met]
-        return f"{word:>12}  {self.text}: {self.figures}"
+        return [f"{word:<12}  {self.text}", *[f"{'':14}{figures}" for figures in self.figures]]
 
 
 @dataclass
@@ -29,15 +33,20 @@ class Table:
     text_columns: int = 1  # the others are figures
 
     def lines(self) -> list[str]:
-        widths = [max(len(row[i]) for row in [self.columns, *self.rows]) for i in range(len(self.columns))]
+        titles = [textwrap.wrap(c, HEAD_WIDTH, break_long_words=False) or [""] for c in self.columns]
+        height = max(map(len, titles))
+        padded = [[""] * (height - len(words)) + words for words in titles]
+        head = [[words[line] for words in padded] for line in range(height)]
+        widths = [max(len(row[i]) for row in [*head, *self.rows]) for i in range(len(self.columns))]
         lines = [
             "  ".join(
                 cell.ljust(width) if i < self.text_columns else cell.rjust(width)
                 for i, (cell, width) in enumerate(zip(row, widths))
             )
-            for row in [self.columns, *self.rows]
+            for row in [*head, *self.rows]
         ]
-        return ["", self.title, "", lines[0], "-" * len(lines[0]), *[line.rstrip() for line in lines[1:]]]
+        lines.insert(height, "-" * len(lines[0]))
+        return ["", self.title, "", *map(str.rstrip, lines)]
 
 
 @dataclass
@@ -58,7 +67,7 @@ class Report:
         for table in self.tables:
             lines += table.lines()
         if self.goals:
-            lines += ["", "Goals", "", *[goal.line() for goal in self.goals]]
+            lines += ["", "Goals", "", *[line for goal in self.goals for line in goal.lines()]]
         return "\n".join(lines) + "\n"
 
     def write(self, folder: Path, as_json: bool) -> list[Path]:
@@ -98,8 +107,11 @@ def judge(text: str, values: dict[str, float], reaches: float, at_least: bool = 
     """A goal that each of the named values must reach."""
     known = {name: value for name, value in values.items() if not math.isnan(value)}
     if not known:
-        return Goal(text, None, "no figures")
-    missed = {name: v for name, v in known.items() if (v < reaches if at_least else v > reaches)}
-    worst = (min if at_least else max)(known, key=lambda name: known[name])
-    figures = f"{len(known) - len(missed)} of {len(known)}; worst {known[worst]:.{digits}f} ({worst})"
+        return Goal(text, None, [])
+    by_distance = sorted(known, key=lambda name: known[name], reverse=not at_least)
+    missed = [name for name in by_distance if (known[name] < reaches if at_least else known[name] > reaches)]
+    figures = [f"{len(known) - len(missed)} of {len(known)} reach it; {'missed by' if missed else 'nearest'}"]
+    figures += [f"{known[name]:.{digits}f}  {name}" for name in (missed or by_distance)[:SHOWN]]
+    if len(missed) > SHOWN:
+        figures.append(f"and {len(missed) - SHOWN} more")
     return Goal(text, not missed, figures)

@@ -21,11 +21,10 @@ if __package__ in (None, ""):  # python benchmarks/run.py
     __package__ = "benchmarks"
     import benchmarks  # noqa: F401
 
-from fusednorm.audit.progress import Progress, progress_bar
-
 from . import bandwidth, calls, instructions, machine
 from .cases import DTYPES, numpy_dtype
 from .peers import Peer, registry
+from .progress import Progress, show
 from .report import Report
 
 BENCHMARKS = ("bandwidth", "call", "instructions")
@@ -132,8 +131,7 @@ def main() -> int:
     for name, run in runs.items():  # call before bandwidth, which changes how malloc behaves in this process
         if name not in options.only:
             continue
-        with progress_bar() as progress:
-            report = run(progress)
+        report = run(show)
         report.head["load after"] = machine.load().replace("at the start", "at the end")
         print(report.text())
         for path in report.write(options.folder, options.json):
@@ -142,4 +140,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from importlib import util
 from typing import Any
 
 import numpy as np
 
 import fusednorm
+from fusednorm.audit.peers import absent_package
 
-from .native import stubs
+from .native import native, stubs
 from .timing import Call
 
 EPS = 1e-6
 EMPTY = "empty METH_FASTCALL function"
+FLOOR = "the loan of three arrays, alone"
 NUMPY_ADD = "numpy.add(a, b, out=c)"
 
 
@@ -31,6 +32,12 @@ class SmallCall:
     names: dict[str, Any]
     ours: bool = False
     mode: Callable[[], AbstractContextManager[Any]] = field(default=nullcontext)
+
+
+def _floor(group: str, arrays: dict[str, Any], mode: Callable[[], Any]) -> SmallCall:
+    three = (arrays["x"], arrays["weight"], arrays["out"])
+    names = {**arrays, "borrow": native().borrow}
+    return SmallCall(FLOOR, group, Call(native().borrow, three), "borrow(x, weight, out)", names, mode=mode)
 
 
 def _ours(group: str, arrays: dict[str, Any], allocating: bool, mode: Callable[[], Any]) -> Iterator[SmallCall]:
@@ -58,6 +65,7 @@ def small_calls(columns: int) -> list[SmallCall]:
     names = {**stub_arrays, "nothing": nothing}
     empty = Call(nothing, (stub_arrays["x"], stub_arrays["weight"]))
     found = [SmallCall(EMPTY, "", empty, "nothing(x, weight)", names)]
+    found.append(_floor("stubs", stub_arrays, nullcontext))
     found += _ours("stubs", stub_arrays, False, nullcontext)
 
     ndarrays = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
@@ -65,7 +73,7 @@ def small_calls(columns: int) -> list[SmallCall]:
     a, b, c = ndarrays["x"], ndarrays["residual"], ndarrays["out"]
     add = Call(np.add, (a, b, c), ("out",))
     found.append(SmallCall(NUMPY_ADD, "ndarrays", add, "add(x, residual, out=out)", {**ndarrays, "add": np.add}))
-    if util.find_spec("torch"):
+    if absent_package("torch") is None:
         found += _torch_calls(shapes)
     return found
 
@@ -78,6 +86,7 @@ def _torch_calls(shapes: dict[str, tuple[int, ...]]) -> Iterator[SmallCall]:
     norm, columns = torch.nn.functional.rms_norm, shapes["weight"]
     names = {**tensors, "norm": norm, "add": torch.add, "shape": columns}
     for group, mode in (("tensors, no_grad", torch.no_grad), ("tensors, grad mode", torch.enable_grad)):
+        yield _floor(group, tensors, mode)
         yield from _ours(group, tensors, True, mode)
         functional = Call(norm, (x, columns, weight, EPS))
         yield SmallCall("F.rms_norm", group, functional, "norm(x, shape, weight, 1e-6)", names, mode=mode)

@@ -91,10 +91,10 @@ def test_exact_results_at_ties(element: int, below: int, tie: int, above: int, s
     if not helpers.HAVE_BFLOAT16:
         pytest.skip("bf16 needs ml_dtypes")
     for step, expected in ((0, tie), (1, below), (-1, above)):
-        numbers = [element << 15, *[1 << 23] * 240]
+        numbers = [element << 15, *[1 << 23] * 100]
         rest = (256 << 46) + step - sum(v * v for v in numbers)
         while rest:
-            numbers.append(min(math.isqrt(rest), 1 << 23))
+            numbers.append(min(math.isqrt(rest), 1 << 24))
             rest -= numbers[-1] ** 2
         row = np.zeros((1, 256), np.float32)
         row[0, : len(numbers)] = numbers

@@ -94,7 +94,17 @@ def test_a_fused_multiply_add_would_be_seen(compiler: str, tmp_path: Path) -> No
         pytest.skip(f"{compiler} is not installed")
     source, binary = tmp_path / "fused.c", tmp_path / "fused.so"
     source.write_text(FUSED_SOURCE)
-    command = [compiler, "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", str(source), "-o", str(binary)]
+    command = [
+        compiler,
+        "-O3",
+        "-march=native",
+        "-ffp-contract=fast",
+        "-shared",
+        "-fPIC",
+        str(source),
+        "-o",
+        str(binary),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     found = bit_changing(instructions(binary))
     if not found and "fma" not in Path("/proc/cpuinfo").read_text():

@@ -52,6 +52,20 @@ int get_round(void) { return fegetround(); }
 volatile float one = 1, tiny = 0x1p-149f, third = 3;
 float one_third(void) { return one / third; } /* differs between the rounding modes */
 float subnormal(void) { return tiny * one; }  /* 0 when flushed */
+#if defined(_OPENMP)
+int flush_pool(int threads) { /* as a library does that wants its own threads fast; how many do it is returned */
+    int flushing = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : flushing)
+    { set_flush(1); flushing += subnormal() == 0; }
+    return flushing;
+}
+int flushing_pool(int threads) {
+    int flushing = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : flushing)
+    flushing += subnormal() == 0;
+    return flushing;
+}
+#endif
 """
 
 
@@ -65,7 +79,9 @@ def modes_library(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("modes")
     (folder / "modes.c").write_text(MODES_C)
     library = folder / "modes.so"
-    subprocess.run([compiler, "-O1", "-fPIC", "-shared", "-o", library, folder / "modes.c", "-lm"], check=True)
+    build = [compiler, "-O1", "-fPIC", "-shared", "-o", library, folder / "modes.c", "-lm"]
+    if subprocess.run([*build, "-fopenmp"], capture_output=True).returncode != 0:
+        subprocess.run(build, check=True)
     return str(library)
 
 
@@ -163,6 +179,26 @@ assert first.tobytes() == expected
 assert same()
 """,
         OMP_NUM_THREADS="4",
+    )
+
+
+@pytest.mark.skipif(fusednorm.info()["cpu"]["threading"] != "openmp", reason="built without OpenMP")
+def test_modes_of_pool_threads(modes_library: str) -> None:
+    """OpenMP's threads are shared with other libraries, which may have set their modes, and keep them."""
+    if not hasattr(ctypes.CDLL(modes_library), "flush_pool"):
+        pytest.skip("the helper was built without OpenMP")
+    check_python(
+        PRELUDE
+        + f"""
+library = ctypes.CDLL({modes_library!r})
+fusednorm.set_num_threads(4)
+for a in (x, x[:1].repeat(160, axis=1)[:, ::1], x.reshape(3, -1)):
+    wanted = _reference.rms_norm(a, eps=0.0).tobytes()
+    assert library.flush_pool(4) == 4
+    library.set_flush(0)
+    assert fusednorm.rms_norm(a, eps=0.0).tobytes() == wanted, a.shape
+    assert library.flushing_pool(4) == 3, "a pool thread's modes were changed"
+"""
     )
 
 

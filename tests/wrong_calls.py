@@ -169,6 +169,24 @@ row(R, "x", "cuda", RuntimeError, "CUDA", x=partial(stub, "Stub", 4, 8, device_t
 # Shapes.
 row(R, "x", "no-elements", ValueError, r"\(0, 0\)|length 0", x=partial(f32, 0, 0), weight=None, out=None)
 row(R, "weight", "shorter-than-long-rows", ValueError, r"\(8,\)", r"\(16,\)", x=partial(f32, 4, 16), out=None)
+for kind, maker in {
+    "numpy": f32,
+    "torch": t32,
+    "jax": j32,
+    "stub": partial(stub, "Stub"),
+}.items():  # results exist by then
+    row(
+        R,
+        "weight",
+        f"{kind}-result",
+        ValueError,
+        r"\(9,\)",
+        x=partial(maker, 4, 8),
+        weight=partial(f32, 9),
+        out=OMITTED,
+    )
+    pair = {"x": partial(maker, 4, 8), "residual": partial(maker, 4, 8), "inplace": False}
+    row(F, "weight", f"{kind}-results", ValueError, r"\(9,\)", weight=partial(f32, 9), **pair)
 row(R, "out", "transposed", ValueError, r"\(8, 4\)", r"\(4, 8\)", out=partial(f32, 8, 4))
 row(R, "out", "another-dimension", ValueError, r"\(4, 8, 1\)", r"\(4, 8\)", out=partial(f32, 4, 8, 1))
 row(R, "out", "0-rows", ValueError, r"\(0, 8\)", r"\(4, 8\)", out=partial(f32, 0, 8))

@@ -15,8 +15,19 @@
 /* Where the row operands of one row begin. */
 typedef struct {
     char *data[FN_ROW_OPERANDS];
-    int64_t index[FN_MAX_NDIM];
 } fn_row;
+
+/* A row and its place among the leading dimensions. */
+typedef struct {
+    fn_row row;
+    int64_t index[FN_MAX_NDIM];
+} fn_walk;
+
+/* How a call's memory is best treated; a set. */
+typedef enum {
+    FN_STREAM = 1,  /* write outputs past the cache, but those that are their own input */
+    FN_PREFETCH = 2 /* ask for the rows to come */
+} fn_hints;
 
 /* One instruction set's norm. A row's arithmetic has three steps, so that threads may share a long row:
  *   sum_groups  squares of columns [begin, end), folded to one float for each 8; begin is a multiple of FN_COLUMN_QUANTUM.
@@ -28,10 +39,10 @@ typedef struct {
  * widen and narrow are the path's own loads and stores, on contiguous memory, for the exhaustive tests. */
 typedef struct {
     const char *name;
-    void (*rows)(const fn_norm_plan *plan, int64_t begin, int64_t end, bool stream, float *sums);
+    void (*rows)(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums);
     void (*sum_groups)(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums);
     float (*fold)(float *sums, int64_t columns);
-    void (*finish)(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, bool stream);
+    void (*finish)(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints);
     void (*widen)(const void *source, fn_dtype dtype, float *target, int64_t count);
     void (*narrow)(const float *source, fn_dtype dtype, void *target, int64_t count);
 } fn_norm_kernels;
@@ -55,24 +66,24 @@ static inline float fn_norm_scale(float sum_of_squares, const fn_norm_plan *plan
 
 /* ---- rows ----------------------------------------------------------------------------------------------------------- */
 
-static inline void fn_row_seek(const fn_norm_plan *plan, int64_t number, fn_row *row) {
-    for (int operand = 0; operand < FN_ROW_OPERANDS; operand++) row->data[operand] = plan->operand[operand].data;
+static inline void fn_walk_to(const fn_norm_plan *plan, int64_t number, fn_walk *walk) {
+    for (int operand = 0; operand < FN_ROW_OPERANDS; operand++) walk->row.data[operand] = plan->operand[operand].data;
     for (int dimension = plan->leading_ndim - 1; dimension >= 0; dimension--) {
         const int64_t size = plan->leading_shape[dimension], index = number ? number % size : 0;
         number = number ? number / size : 0;
-        row->index[dimension] = index;
+        walk->index[dimension] = index;
         for (int operand = 0; index && operand < FN_ROW_OPERANDS; operand++)
-            if (row->data[operand]) row->data[operand] += index * plan->leading_stride[operand][dimension];
+            if (walk->row.data[operand]) walk->row.data[operand] += index * plan->leading_stride[operand][dimension];
     }
 }
 
-static inline void fn_row_next(const fn_norm_plan *plan, fn_row *row) {
+static inline void fn_walk_on(const fn_norm_plan *plan, fn_walk *walk) {
     for (int dimension = plan->leading_ndim - 1; dimension >= 0; dimension--) {
-        const bool wraps = ++row->index[dimension] == plan->leading_shape[dimension];
+        const bool wraps = ++walk->index[dimension] == plan->leading_shape[dimension];
         const int64_t steps = wraps ? 1 - plan->leading_shape[dimension] : 1;
-        if (wraps) row->index[dimension] = 0;
+        if (wraps) walk->index[dimension] = 0;
         for (int operand = 0; operand < FN_ROW_OPERANDS; operand++)
-            if (row->data[operand]) row->data[operand] += steps * plan->leading_stride[operand][dimension];
+            if (walk->row.data[operand]) walk->row.data[operand] += steps * plan->leading_stride[operand][dimension];
         if (!wraps) return;
     }
 }

@@ -20,8 +20,11 @@ static int64_t sums_needed(int64_t columns) {
     return (columns + FN_COLUMN_QUANTUM - 1) / FN_COLUMN_QUANTUM * (FN_COLUMN_QUANTUM / 8);
 }
 
-/* Outputs that will not be in the cache anyway are written past it, which saves reading their lines first. */
-static bool worth_streaming(const fn_norm_plan *plan) {
+/* Beyond a core's own cache, rows are asked for ahead of their turn. Outputs that will not be in the last-level cache
+ * anyway are written past it, which saves reading their lines first. */
+#define PREFETCH_BYTES ((int64_t)1 << 20)
+
+static int choose_hints(const fn_norm_plan *plan) {
     int64_t row_bytes = 0;
     for (int operand = 0; operand < FN_ROW_OPERANDS; operand++)
         if (plan->operand[operand].data) row_bytes += plan->columns * fn_dtypes[plan->operand[operand].dtype].bytes;
@@ -31,18 +34,19 @@ static bool worth_streaming(const fn_norm_plan *plan) {
         known = fn_last_level_cache_bytes();
         __atomic_store_n(&cache_bytes, known, __ATOMIC_RELAXED);
     }
-    return plan->rows > known / row_bytes;
+    return (plan->rows > known / row_bytes ? FN_STREAM : 0) |
+           (plan->rows > PREFETCH_BYTES / row_bytes ? FN_PREFETCH : 0);
 }
 
-static void finish_streaming(bool stream) {
+static void finish_streaming(int hints) {
 #if defined(FN_X86)
-    if (stream) _mm_sfence();
+    if (hints & FN_STREAM) _mm_sfence();
 #else
-    (void)stream;
+    (void)hints;
 #endif
 }
 
-static fn_status run_rows(const fn_norm_kernels *kernels, const fn_norm_plan *plan, int threads, bool stream) {
+static fn_status run_rows(const fn_norm_kernels *kernels, const fn_norm_plan *plan, int threads, int hints) {
     const int64_t needed = sums_needed(plan->columns);
     float *heap = NULL;
     if (needed > STACK_SUMS) {
@@ -54,16 +58,16 @@ static fn_status run_rows(const fn_norm_kernels *kernels, const fn_norm_plan *pl
         const int thread = fn_thread_number(), team = fn_team_size();
         const fn_fp_environment saved = fn_fp_enter();
         float stack[STACK_SUMS];
-        kernels->rows(plan, plan->rows * thread / team, plan->rows * (thread + 1) / team, stream,
+        kernels->rows(plan, plan->rows * thread / team, plan->rows * (thread + 1) / team, hints,
                       heap ? heap + needed * thread : stack);
-        finish_streaming(stream);
+        finish_streaming(hints);
         fn_fp_leave(saved);
     }
     free(heap);
     return FN_OK;
 }
 
-static fn_status run_shared_rows(const fn_norm_kernels *kernels, const fn_norm_plan *plan, int threads, bool stream) {
+static fn_status run_shared_rows(const fn_norm_kernels *kernels, const fn_norm_plan *plan, int threads, int hints) {
     float *sums = malloc((size_t)sums_needed(plan->columns) * sizeof(float));
     FN_REQUIRE(sums, FN_ERROR_MEMORY, "no memory for the group sums of rows of %lld elements",
                (long long)plan->columns);
@@ -75,16 +79,16 @@ static fn_status run_shared_rows(const fn_norm_kernels *kernels, const fn_norm_p
         const int64_t part_end = quanta * (thread + 1) / team * FN_COLUMN_QUANTUM;
         const int64_t end = part_end < plan->columns ? part_end : plan->columns;
         const fn_fp_environment saved = fn_fp_enter();
-        fn_row row;
-        fn_row_seek(plan, 0, &row);
-        for (int64_t number = 0; number < plan->rows; number++, fn_row_next(plan, &row)) {
-            kernels->sum_groups(plan, &row, begin, end, sums);
+        fn_walk walk;
+        fn_walk_to(plan, 0, &walk);
+        for (int64_t number = 0; number < plan->rows; number++, fn_walk_on(plan, &walk)) {
+            kernels->sum_groups(plan, &walk.row, begin, end, sums);
             FN_BARRIER
             if (thread == 0) r = fn_norm_scale(kernels->fold(sums, plan->columns), plan);
             FN_BARRIER
-            kernels->finish(plan, &row, begin, end, r, stream);
+            kernels->finish(plan, &walk.row, begin, end, r, hints);
         }
-        finish_streaming(stream);
+        finish_streaming(hints);
         fn_fp_leave(saved);
     }
     free(sums);
@@ -98,17 +102,17 @@ fn_status fn_norm_run_cpu(const fn_norm_plan *plan) {
     const int64_t elements = plan->rows * plan->columns;
     if (elements < 2 * ELEMENTS_PER_THREAD && sums_needed(plan->columns) <= STACK_SUMS) {
         float sums[STACK_SUMS];
-        kernels->rows(plan, 0, plan->rows, false, sums);
+        kernels->rows(plan, 0, plan->rows, 0, sums);
         return FN_OK;
     }
-    const bool stream = worth_streaming(plan);
+    const int hints = choose_hints(plan);
     int64_t threads = fn_threads_to_use();
     if (threads > elements / ELEMENTS_PER_THREAD) threads = elements / ELEMENTS_PER_THREAD;
     if (threads < 1) threads = 1;
     if (threads > 1 && plan->rows < 8 * threads && plan->columns / threads >= COLUMNS_PER_THREAD)
-        return run_shared_rows(kernels, plan, (int)threads, stream);
+        return run_shared_rows(kernels, plan, (int)threads, hints);
     if (threads > plan->rows) threads = plan->rows;
-    return run_rows(kernels, plan, (int)threads, stream);
+    return run_rows(kernels, plan, (int)threads, hints);
 }
 
 const fn_norm_kernels *const fn_norm_paths[FN_PATH_COUNT] = {

@@ -13,14 +13,15 @@
  *   fold_lanes                       the lanes of one vector folded by halves
  *   PATH, PATH_NAME                  the table to define and its name
  *
- * Work goes by blocks of 8 vectors, which the registers hold, and behind the last whole block by single vectors. Columns
- * that do not fill a vector, or do not lie side by side, go through a copy of one vector on the stack.
+ * Work goes by blocks of 8 vectors, which the registers hold, and behind the last whole block by half a block (a head of
+ * 64 columns is one in AVX-512) and by single vectors. Columns that do not fill a vector, or do not lie side by side, go
+ * through a copy of one vector on the stack.
  */
-enum { BLOCK = 8 * LANES };
+enum { BLOCK = 8 * LANES, HALF_BLOCK = 4 * LANES };
 _Static_assert(FN_COLUMN_QUANTUM % BLOCK == 0, "a thread's share of a row is a whole number of blocks");
 
 #define INLINE static inline __attribute__((always_inline))
-/* `count` is 8 or 1 and known to the compiler. */
+/* `count` is 8, 4 or 1 and known to the compiler. */
 #define FOR_VECTORS(count) _Pragma("GCC unroll 8") for (int k = 0; k < (count); k++)
 
 /* Where the next columns of each operand begin. */
@@ -66,7 +67,7 @@ INLINE void round_to(vector *s, int count, fn_dtype dtype) {
     }
 }
 
-/* ---- the five steps on 8 vectors or one -------------------------------------------------------------------------------- */
+/* ---- the five steps on 8 vectors, 4 or 1 -------------------------------------------------------------------------------- */
 
 /* Step 1: s = (x + residual) + post. */
 INLINE void sum(const fn_norm_plan *plan, const columns_at *c, vector *s, int count) {
@@ -212,6 +213,15 @@ INLINE void sum_groups_inline(const fn_norm_plan *plan, const fn_row *row, int64
         squares(plan, &c, p, 8);
         store_f32(sums + column / 8, fold8(p));
     }
+    if (plan->contiguous && column + HALF_BLOCK == end) {
+        columns_at c;
+        vector p[8];
+        point_at(plan, row, column, &c);
+        squares(plan, &c, p, 4);
+        for (int k = 4; k < 8; k++) p[k] = set1(0);
+        store_f32(sums + column / 8, fold8(p));
+        return;
+    }
     for (; column < end; column += BLOCK)
         store_f32(sums + column / 8, groups_by_vectors(plan, row, column, column + BLOCK < end ? column + BLOCK : end));
 }
@@ -236,12 +246,25 @@ INLINE int64_t columns_to_line(const char *p, int bytes) {
     return distance % bytes == 0 ? distance / bytes : -1;
 }
 
-INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r,
-                          bool stream) {
+/* Asks for a block of the next row's inputs, into the second cache: the memory would else be idle while a row is
+ * finished, and the first cache holds that row. Where a dimension wraps the guess is wrong, which costs nothing else. */
+INLINE void prefetch_block(const fn_norm_plan *plan, const fn_row *row, int64_t column) {
+    static const int inputs[] = {FN_X, FN_RESIDUAL, FN_POST};
+    for (int i = 0; i < 3; i++) {
+        if (!row->data[inputs[i]]) continue;
+        const int64_t bytes = fn_dtypes[plan->operand[inputs[i]].dtype].bytes;
+        const int64_t distance = plan->leading_stride[inputs[i]][plan->leading_ndim - 1];
+        const char *at = row->data[inputs[i]] + column * bytes + distance;
+        for (int64_t line = 0; line < BLOCK * bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
+    }
+}
+
+INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints) {
     const vector scale = set1(r);
     int64_t column = begin;
+    const bool prefetch = hints & FN_PREFETCH && plan->leading_ndim > 0;
     bool stream_out = false, stream_residual = false;
-    if (stream && plan->contiguous && row->data[FN_OUT] != row->data[FN_X]) {
+    if (hints & FN_STREAM && plan->contiguous && row->data[FN_OUT] != row->data[FN_X]) {
         const int bytes = fn_dtypes[plan->operand[FN_OUT].dtype].bytes;
         const int64_t lead = columns_to_line(row->data[FN_OUT] + column * bytes, bytes);
         if (lead > 0 && lead <= end - column) {
@@ -250,14 +273,21 @@ INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t b
         }
         stream_out = lead >= 0;
     }
-    if (stream && plan->contiguous && row->data[FN_RESIDUAL_OUT] != row->data[FN_RESIDUAL]) {
+    if (hints & FN_STREAM && plan->contiguous && row->data[FN_RESIDUAL_OUT] != row->data[FN_RESIDUAL]) {
         const int bytes = fn_dtypes[plan->operand[FN_RESIDUAL_OUT].dtype].bytes;
         stream_residual = columns_to_line(row->data[FN_RESIDUAL_OUT] + column * bytes, bytes) == 0;
     }
     for (; plan->contiguous && column + BLOCK <= end; column += BLOCK) {
         columns_at c;
         point_at(plan, row, column, &c);
+        if (prefetch) prefetch_block(plan, row, column);
         finish_columns(plan, &c, scale, 8, stream_out, stream_residual);
+    }
+    if (plan->contiguous && column + HALF_BLOCK <= end) {
+        columns_at c;
+        point_at(plan, row, column, &c);
+        finish_columns(plan, &c, scale, 4, stream_out, stream_residual);
+        column += HALF_BLOCK;
     }
     if (column < end) finish_by_vectors(plan, row, column, end, scale);
 }
@@ -268,17 +298,17 @@ static void sum_groups(const fn_norm_plan *plan, const fn_row *row, int64_t begi
 
 static float fold(float *sums, int64_t columns) { return fold_inline(sums, columns); }
 
-static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, bool stream) {
-    finish_inline(plan, row, begin, end, r, stream);
+static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints) {
+    finish_inline(plan, row, begin, end, r, hints & ~FN_PREFETCH);
 }
 
-static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, bool stream, float *sums) {
-    fn_row row;
-    fn_row_seek(plan, begin, &row);
-    for (int64_t number = begin; number < end; number++, fn_row_next(plan, &row)) {
-        sum_groups_inline(plan, &row, 0, plan->columns, sums);
+static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums) {
+    fn_walk walk;
+    fn_walk_to(plan, begin, &walk);
+    for (int64_t number = begin; number < end; number++, fn_walk_on(plan, &walk)) {
+        sum_groups_inline(plan, &walk.row, 0, plan->columns, sums);
         const float r = fn_norm_scale(fold_inline(sums, plan->columns), plan);
-        finish_inline(plan, &row, 0, plan->columns, r, stream);
+        finish_inline(plan, &walk.row, 0, plan->columns, r, hints);
     }
 }
 

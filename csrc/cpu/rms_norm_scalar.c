@@ -87,8 +87,8 @@ static float fold(float *sums, int64_t columns) {
     return sums[0];
 }
 
-static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, bool stream) {
-    (void)stream;
+static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints) {
+    (void)hints;
     for (int64_t column = begin; column < end; column++) {
         float s = sum_at(plan, row, column);
         if (row->data[FN_RESIDUAL]) {
@@ -107,13 +107,13 @@ static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, i
     }
 }
 
-static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, bool stream, float *sums) {
-    fn_row row;
-    fn_row_seek(plan, begin, &row);
-    for (int64_t number = begin; number < end; number++, fn_row_next(plan, &row)) {
-        sum_groups(plan, &row, 0, plan->columns, sums);
+static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums) {
+    fn_walk walk;
+    fn_walk_to(plan, begin, &walk);
+    for (int64_t number = begin; number < end; number++, fn_walk_on(plan, &walk)) {
+        sum_groups(plan, &walk.row, 0, plan->columns, sums);
         const float r = fn_norm_scale(fold(sums, plan->columns), plan);
-        finish(plan, &row, 0, plan->columns, r, stream);
+        finish(plan, &walk.row, 0, plan->columns, r, hints);
     }
 }
 

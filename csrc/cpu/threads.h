@@ -15,7 +15,7 @@ int fn_threads_to_use(void);
 static inline int fn_thread_number(void) { return omp_get_thread_num(); }
 static inline int fn_team_size(void) { return omp_get_num_threads(); }
 #else
-#define FN_PARALLEL(threads)
+#define FN_PARALLEL(threads) (void)(threads);
 #define FN_BARRIER
 static inline int fn_thread_number(void) { return 0; }
 static inline int fn_team_size(void) { return 1; }

@@ -193,7 +193,7 @@ def check_batches(peer: Peer, operation: Operation, operands: Operands, sizes: l
     return batch
 
 
-def time_calls(calls: Mapping[str, Callable[[], Any]], budget_s: float) -> dict[str, list[float]]:
+def time_calls(calls: Mapping[str, Callable[[], Any]], least: int, budget_s: float) -> dict[str, list[float]]:
     """Seconds of each call in each round. The calls of a round follow one another: a ratio compares neighbours.
 
     Each is made twice and timed once, so that every one finds in the caches what it left there itself.
@@ -201,7 +201,7 @@ def time_calls(calls: Mapping[str, Callable[[], Any]], budget_s: float) -> dict[
     clock = time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     begin, rounds = clock(), 0
-    while rounds < 5 or (rounds < 301 and clock() - begin < budget_s):
+    while rounds < least or (rounds < 301 and clock() - begin < budget_s):
         for name, one_call in calls.items():
             one_call()
             start = clock()
@@ -247,7 +247,7 @@ def audit_operation(
         if result.peer in outputs:
             _count(result, operation, outputs, exact)
     tick(f"{place}: time")
-    _time(results, calls, 0.3 if quick else 1.5)
+    _time(results, calls, *((5, 0.3) if quick else (25, 2.0)))
     return Table(operands.data, operation.name, operands.dtype, operands.rows, operands.columns, results)
 
 
@@ -269,8 +269,8 @@ def _timed(peer: Peer, operation: Operation, arrays: Mapping[str, Any], eps: flo
     return result
 
 
-def _time(results: list[Result], calls: Mapping[str, Callable[[], Any]], budget_s: float) -> None:
-    seconds = time_calls(calls, budget_s)
+def _time(results: list[Result], calls: Mapping[str, Callable[[], Any]], least: int, budget_s: float) -> None:
+    seconds = time_calls(calls, least, budget_s)
     for result in results:
         mine = seconds.get(result.peer)
         if not mine:

@@ -162,5 +162,5 @@ def registry() -> list[Peer]:
         if preset == "hf_llama":
             ours.append(Ours(preset, round_sum=False))
         if preset == "sglang":
-            ours.append(Ours(preset, round_sum="after_variance"))  # its first JIT kernel
+            ours.append(Ours(preset, round_sum="after_variance"))  # its own JIT kernel: Semantics.source
     return [*ours, PlainNumpy(), *torch_peers.PEERS]

@@ -16,6 +16,12 @@ BARS = {  # key in Result.differ: colour, legend
     "exact": ("#7d5fb2", "Hugging Face's rounding points (no sum)"),
     NEAREST: ("#3b9a58", "the rounding points nearest to the norm's own"),
 }
+COUNT: dict[str, Any] = {  # the style of the numbers at the bars
+    "va": "center",
+    "fontsize": 6.5,
+    "color": "#333333",
+    "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 0.4},
+}
 ZERO_AT = 0.7  # where a bar of 0 ends on the logarithmic axis: left of 1
 
 
@@ -86,7 +92,7 @@ def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
         lengths = [max(count, ZERO_AT) for count in counts]
         legend[title] = axis.barh(places, lengths, bar * 0.9, color=colour)
         for place, length, count in zip(places, lengths, counts, strict=True):
-            axis.text(length * 1.15, place, f"{count:,}", va="center", fontsize=6.5, color="#333333")
+            axis.text(length * 1.15, place, f"{count:,}", **COUNT)
     axis.set_xscale("log")
     axis.set_xlim(0.5, table.elements * 12)
     axis.axvline(table.elements, color="#999999", linewidth=0.8, linestyle=":")

@@ -15,6 +15,9 @@
 
 #if defined(_OPENMP)
 #include <omp.h>
+#define OPENMP(...) _Pragma(#__VA_ARGS__)
+#else
+#define OPENMP(...)
 #endif
 
 #define UNUSED_IN_SOME_PROGRAMS __attribute__((unused))
@@ -110,7 +113,7 @@ typedef struct {
 /* Keeps the counterexample if its place is lower than the one kept so far. */
 #define CHECK_KEEP(first, at, ...)                                                                                     \
     do {                                                                                                               \
-        _Pragma("omp critical(check_keep)") if ((at) < (first)->place) {                                               \
+        OPENMP(omp critical(check_keep)) if ((at) < (first)->place) {                                                  \
             (first)->place = (at);                                                                                     \
             snprintf((first)->text, sizeof(first)->text, __VA_ARGS__);                                                 \
         }                                                                                                              \

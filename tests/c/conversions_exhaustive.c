@@ -51,7 +51,7 @@ static void expect_block(const exact_format *format, uint32_t base, uint16_t *ex
 }
 
 static int64_t narrow_everything(check_first *first) {
-#pragma omp parallel for schedule(dynamic, 16)
+    OPENMP(omp parallel for schedule(dynamic, 16))
     for (int64_t block = 0; block < BLOCKS; block++) {
         float source[BLOCK];
         uint16_t expected[BLOCK];
@@ -71,34 +71,34 @@ static int64_t narrow_sample(uint64_t seed, check_first *first) {
     int64_t checked = 0;
     for (int f = 0; f < 2; f++) {
         const exact_format *const format = formats[f];
-#pragma omp parallel for schedule(dynamic) reduction(+ : checked)
-        for (uint32_t begin = 0; begin < 0x8000; begin += STEP) {
-            float source[BLOCK];
-            uint16_t expected[BLOCK];
-            int64_t count = 0;
-            for (uint32_t h = begin; h < begin + STEP; h++) {
-                const bool is_nan = h > format->infinity;
-                const uint32_t low = is_nan ? FP32_INFINITY + 1 : format->lowest[h];
-                const uint32_t high = is_nan                  ? FP32_MAGNITUDE
-                                      : h == format->infinity ? FP32_INFINITY
-                                                              : format->lowest[h + 1] - 1;
-                for (uint32_t k = 0; k < PER_INTERVAL / 2; k++) {
-                    const uint64_t random = hash64(hash64(seed) ^ ((uint64_t)h << 8 | k << 1 | (unsigned)f));
-                    const uint32_t inside = low + (uint32_t)(random % (high - low + 1));
-                    const uint32_t bits = k == 0   ? low
-                                          : k == 1 ? high
-                                          : k == 2 ? low + (low < high)
-                                          : k == 3 ? high - (low < high)
-                                                   : inside;
-                    source[count] = float_of(bits);
-                    expected[count++] = (uint16_t)(is_nan ? 0x7fff : h);
-                    source[count] = float_of(bits | 0x80000000u);
-                    expected[count++] = (uint16_t)(is_nan ? 0x7fff : h | 0x8000);
-                }
+    OPENMP(omp parallel for schedule(dynamic) reduction(+ : checked))
+    for (uint32_t begin = 0; begin < 0x8000; begin += STEP) {
+        float source[BLOCK];
+        uint16_t expected[BLOCK];
+        int64_t count = 0;
+        for (uint32_t h = begin; h < begin + STEP; h++) {
+            const bool is_nan = h > format->infinity;
+            const uint32_t low = is_nan ? FP32_INFINITY + 1 : format->lowest[h];
+            const uint32_t high = is_nan                  ? FP32_MAGNITUDE
+                                  : h == format->infinity ? FP32_INFINITY
+                                                          : format->lowest[h + 1] - 1;
+            for (uint32_t k = 0; k < PER_INTERVAL / 2; k++) {
+                const uint64_t random = hash64(hash64(seed) ^ ((uint64_t)h << 8 | k << 1 | (unsigned)f));
+                const uint32_t inside = low + (uint32_t)(random % (high - low + 1));
+                const uint32_t bits = k == 0   ? low
+                                      : k == 1 ? high
+                                      : k == 2 ? low + (low < high)
+                                      : k == 3 ? high - (low < high)
+                                               : inside;
+                source[count] = float_of(bits);
+                expected[count++] = (uint16_t)(is_nan ? 0x7fff : h);
+                source[count] = float_of(bits | 0x80000000u);
+                expected[count++] = (uint16_t)(is_nan ? 0x7fff : h | 0x8000);
             }
-            check_narrow(format, source, expected, count, first);
-            checked += count;
         }
+        check_narrow(format, source, expected, count, first);
+        checked += count;
+    }
     }
     return checked;
 }

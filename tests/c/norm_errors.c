@@ -16,7 +16,8 @@ typedef struct {
     fn_norm_args args;
 } call;
 
-static void build(call *c) {
+/* Rows lie `gap` bytes apart. */
+static void build(call *c, int64_t gap) {
     static const char *const names[ROLES] = {"x",      "residual", "post_residual_addition",
                                              "weight", "out",      "residual_out"};
     for (int role = 0; role < ROLES; role++) {
@@ -24,7 +25,7 @@ static void build(call *c) {
         const int ndim = role == WEIGHT ? 1 : 2;
         c->shape[role][0] = ROWS;
         c->shape[role][ndim - 1] = COLUMNS;
-        c->stride_bytes[role][0] = 4 * COLUMNS;
+        c->stride_bytes[role][0] = 4 * COLUMNS + gap;
         c->stride_bytes[role][ndim - 1] = 4;
         c->tensor[role] = (fn_tensor){.name = names[role],
                                       .data = c->memory[role],
@@ -85,9 +86,12 @@ static void out_rows_overlap(call *c) { c->stride_bytes[OUT][0] = 4; }
 static void out_on_x_shifted(call *c) { share(c, OUT, X, 4); }
 static void out_on_x_other_dtype(call *c) {
     share(c, OUT, X, 0);
-    c->tensor[OUT].dtype = FN_BFLOAT16;
-    c->stride_bytes[OUT][0] = 2 * COLUMNS;
-    c->stride_bytes[OUT][1] = 2;
+    c->tensor[OUT].dtype = FN_BFLOAT16; /* and the same strides */
+}
+static void out_on_x_other_strides(call *c) {
+    share(c, OUT, X, 0);
+    c->stride_bytes[OUT][0] = 4;
+    c->stride_bytes[OUT][1] = 4 * ROWS;
 }
 static void out_on_residual(call *c) { share(c, OUT, RESIDUAL, 0); }
 static void out_on_post(call *c) { share(c, OUT, POST, 0); }
@@ -137,6 +141,7 @@ static const struct {
     {out_rows_overlap, FN_ERROR_VALUE, "out"},
     {out_on_x_shifted, FN_ERROR_VALUE, "out"},
     {out_on_x_other_dtype, FN_ERROR_VALUE, "out"},
+    {out_on_x_other_strides, FN_ERROR_VALUE, "out"},
     {out_on_residual, FN_ERROR_VALUE, "out"},
     {out_on_post, FN_ERROR_VALUE, "out"},
     {out_on_weight, FN_ERROR_VALUE, "out"},
@@ -149,7 +154,8 @@ static const struct {
 };
 
 static void expect(const char *what, fn_status got, fn_status wanted, const char *text) {
-    if (got != wanted) CHECK_FAIL("%s: status %d, not %d: %s", what, (int)got, (int)wanted, fn_error_text());
+    if (got != wanted)
+        CHECK_FAIL("%s: status %d, not %d: %s", what, (int)got, (int)wanted, got == FN_OK ? "" : fn_error_text());
     if (wanted != FN_OK && !strstr(fn_error_text(), text))
         CHECK_FAIL("%s: the text does not say \"%s\": %s", what, text, fn_error_text());
 }
@@ -159,15 +165,16 @@ int main(int argc, char **argv) {
     static call c, before;
     enum { WRONG_CALLS = sizeof wrong_calls / sizeof *wrong_calls };
 
-    build(&c);
-    expect("the right call", fn_norm(&c.args), FN_OK, "");
-    for (int n = 0; n < WRONG_CALLS; n++) {
-        char what[32];
-        snprintf(what, sizeof what, "wrong call %d", n);
-        build(&c);
-        wrong_calls[n].break_it(&c);
+    for (int n = 0; n < 2 * WRONG_CALLS; n++) {
+        const int number = n / 2, gap = n % 2 * 4;
+        char what[64];
+        snprintf(what, sizeof what, "wrong call %d, rows %d bytes apart", number, gap);
+        build(&c, gap);
+        expect("the right call", fn_norm(&c.args), FN_OK, "");
+        build(&c, gap);
+        wrong_calls[number].break_it(&c);
         before = c;
-        expect(what, fn_norm(&c.args), wrong_calls[n].status, wrong_calls[n].text);
+        expect(what, fn_norm(&c.args), wrong_calls[number].status, wrong_calls[number].text);
         if (memcmp(before.memory, c.memory, sizeof c.memory) != 0) CHECK_FAIL("%s wrote something", what);
     }
 
@@ -186,6 +193,6 @@ int main(int argc, char **argv) {
     expect("the automatic path", fn_cpu_force_path(NULL), FN_OK, "");
     expect("no threads", fn_set_num_threads(0), FN_ERROR_VALUE, "0");
     expect("one thread", fn_set_num_threads(1), FN_OK, "");
-    printf("norm_errors: %d wrong calls refused, nothing written\n", WRONG_CALLS + 1);
+    printf("norm_errors: %d wrong calls refused, nothing written\n", 2 * WRONG_CALLS);
     return 0;
 }

@@ -1,12 +1,14 @@
 /* norm_paths.c: fn_norm on every available CPU path against the contract written once more (norm_reference.h).
  *
  * All combinations of dtypes and of used arrays, row lengths to 2^20, random strides, addresses and options, in place and
- * not, one to four threads, large calls, and a caller with another rounding mode and with flush-to-zero. What is compared
+ * not, rows in parts, one to four threads, and a caller with another rounding mode and with flush-to-zero. What is compared
  * is the whole memory of every array: outputs bit for bit (a NaN with any NaN), everything else unchanged.
  */
 #define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
 #include <fenv.h>
 
+#include "cpu/cpu.h"
+#include "norm_check.h"
 #include "norm_reference.h"
 
 #if defined(__x86_64__)
@@ -76,6 +78,18 @@ static void compare_output(norm_case *c, int role, const char *path) {
     }
 }
 
+static void compare_case(norm_case *c, const char *path) {
+    compare_output(c, OUT, path);
+    if (c->used[RESIDUAL]) compare_output(c, RESIDUAL_OUT, path);
+    for (int role = 0; role < ROLES; role++) {
+        const norm_array *const array = &c->arrays[role];
+        if (!c->used[role] || memcmp(array->memory, array->after, (size_t)array->bytes) == 0) continue;
+        describe(c);
+        CHECK_FAIL("%s: wrote bytes of %s that are no result; seed %llu, call %lld", path, role_names[role],
+                   (unsigned long long)seed, (long long)calls);
+    }
+}
+
 static void run_on_path(norm_case *c, fn_path path) {
     reset_memory(c);
     require_ok(fn_cpu_force_path(fn_path_name(path)));
@@ -85,15 +99,7 @@ static void run_on_path(norm_case *c, fn_path path) {
         describe(c);
         CHECK_FAIL("%s: status %d: %s", fn_path_name(path), (int)status, fn_error_text());
     }
-    compare_output(c, OUT, fn_path_name(path));
-    if (c->used[RESIDUAL]) compare_output(c, RESIDUAL_OUT, fn_path_name(path));
-    for (int role = 0; role < ROLES; role++) {
-        const norm_array *const array = &c->arrays[role];
-        if (!c->used[role] || memcmp(array->memory, array->after, (size_t)array->bytes) == 0) continue;
-        describe(c);
-        CHECK_FAIL("%s: wrote bytes of %s that are no result; seed %llu, call %lld", fn_path_name(path),
-                   role_names[role], (unsigned long long)seed, (long long)calls);
-    }
+    compare_case(c, fn_path_name(path));
 }
 
 static void run_on_all_paths(norm_case *c) {
@@ -152,14 +158,58 @@ static void every_row_length(bool sample, uint64_t *random) {
     report("row lengths", start);
 }
 
-/* Calls that are shared by threads, and calls that exceed the last-level cache, whose stores may go past it. */
+/* A path's functions as fn_norm uses them for large calls, on small ones: rows stored past the cache, and the steps of one
+ * row in parts, as threads share it. The first step's parts begin at multiples of FN_COLUMN_QUANTUM, the last one's
+ * anywhere. */
+static void kernels_in_parts(int repeats, uint64_t *random) {
+    const double start = check_seconds();
+    enum { LONGEST = 1500 };
+    static float sums[LONGEST / 8 + FN_COLUMN_QUANTUM];
+    for (int n = 0; n < repeats; n++) {
+        norm_case c = {0};
+        choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
+        choose_options(&c, random);
+        c.columns = 1 + random_below(random, LONGEST);
+        c.plain = n % 4 != 0;
+        build_case(&c, random);
+        expect_case(&c);
+        const int64_t quanta = c.columns / FN_COLUMN_QUANTUM + 1;
+        const int64_t shared_at = random_below(random, quanta) * FN_COLUMN_QUANTUM;
+        const int64_t finished_at = random_below(random, c.columns);
+        for (int p = 0; p < path_count; p++) {
+            const fn_norm_kernels *const kernels = fn_norm_paths[paths[p]];
+            fn_norm_plan plan;
+            reset_memory(&c);
+            require_ok(fn_norm_check(&c.args, &plan));
+            calls++;
+            if (n % 2 == 0) {
+                kernels->rows(&plan, 0, plan.rows, true, sums);
+            } else {
+                for (int64_t number = 0; number < plan.rows; number++) {
+                    fn_walk walk;
+                    fn_walk_to(&plan, number, &walk);
+                    kernels->sum_groups(&plan, &walk.row, shared_at, c.columns, sums);
+                    kernels->sum_groups(&plan, &walk.row, 0, shared_at, sums);
+                    const float r = fn_norm_scale(kernels->fold(sums, c.columns), &plan);
+                    kernels->finish(&plan, &walk.row, finished_at, c.columns, r, n % 3 == 0);
+                    kernels->finish(&plan, &walk.row, 0, finished_at, r, n % 3 == 0);
+                }
+            }
+            compare_case(&c, kernels->name);
+        }
+        free_case(&c);
+    }
+    report("rows in parts and past the cache", start);
+}
+
+/* Calls that are shared by threads; the last one exceeds most caches. */
 static void large_calls(bool sample, uint64_t *random) {
     const double start = check_seconds();
     static const struct {
         int64_t rows, columns;
         bool huge;
-    } sizes[] = {{300, 1000, false}, {2, 262147, false},  {1, 1048576, false}, {2048, 129, false},
-                 {7, 65536, false},  {12000, 1031, true}, {3, 5000000, true}};
+    } sizes[] = {{300, 1000, false}, {2, 262147, false}, {1, 1048576, false},
+                 {2048, 129, false}, {7, 65536, false},  {12000, 1031, true}};
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {
         if (sample && n > 0) break;
         for (int k = 0; k < (sizes[n].huge ? 1 : 3); k++) {
@@ -189,25 +239,10 @@ static void large_calls(bool sample, uint64_t *random) {
     report("large calls, 1 to 4 threads", start);
 }
 
-/* Sets or clears flush-to-zero, where this is known how to do; returns the control word. */
-static uint64_t flush_to_zero(bool on) {
-#if defined(__x86_64__)
-    _mm_setcsr(on ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
-    return _mm_getcsr() & ~0x3fu; /* without the flags of exceptions that have happened */
-#elif defined(__aarch64__)
-    uint64_t word;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(word));
-    word = on ? word | UINT64_C(1) << 24 : word & ~(UINT64_C(1) << 24);
-    __asm__ volatile("msr fpcr, %0" : : "r"(word) : "memory");
-    return word;
-#else
-    return on;
-#endif
-}
-
+/* The control word: rounding mode, flush-to-zero, and which exceptions trap. */
 static uint64_t control_word(void) {
 #if defined(__x86_64__)
-    return _mm_getcsr() & ~0x3fu;
+    return _mm_getcsr() & ~0x3fu; /* without the flags of exceptions that have happened */
 #elif defined(__aarch64__)
     uint64_t word;
     __asm__ volatile("mrs %0, fpcr" : "=r"(word));
@@ -217,39 +252,60 @@ static uint64_t control_word(void) {
 #endif
 }
 
+static void set_environment(int rounding_mode, bool flush_to_zero) {
+    fesetround(rounding_mode);
+#if defined(__x86_64__)
+    _mm_setcsr(flush_to_zero ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
+#elif defined(__aarch64__)
+    const uint64_t bit = UINT64_C(1) << 24;
+    const uint64_t word = flush_to_zero ? control_word() | bit : control_word() & ~bit;
+    __asm__ volatile("msr fpcr, %0" : : "r"(word) : "memory");
+#else
+    (void)flush_to_zero;
+#endif
+}
+
+/* The caller, and the threads that an OpenMP runtime keeps for it and gives to every library that asks. */
 static void other_environments(int repeats, uint64_t *random) {
     const double start = check_seconds();
     static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+    enum { THREADS = 4 };
+    require_ok(fn_set_num_threads(THREADS));
     for (int n = 0; n < repeats; n++) {
         norm_case c = {0};
         choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
         choose_options(&c, random);
         c.columns = 1 + random_below(random, 300);
-        const bool many_rows = n % 64 == 0; /* enough for several threads, whose environment is another one's */
-        if (many_rows) {
+        if (n % 64 == 0) { /* enough for several threads */
             c.ndim = 2;
             c.leading[0] = 1;
-            c.leading[1] = 600;
+            c.leading[1] = (1 << 18) / c.columns;
         }
         build_case(&c, random);
         expect_case(&c);
         for (int p = 0; p < path_count; p++) {
             reset_memory(&c);
             require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
-            fesetround(modes[n % 4]);
-            flush_to_zero(n % 3 != 0);
-            const uint64_t before = control_word();
-            const fn_status status = fn_norm(&c.args);
-            const uint64_t after = control_word();
-            flush_to_zero(false);
-            fesetround(FE_TONEAREST);
-            require_ok(status);
             calls++;
-            if (before != after)
-                CHECK_FAIL("%s: the control word was %#llx before and is %#llx after the call", fn_path_name(paths[p]),
-                           (unsigned long long)before, (unsigned long long)after);
-            compare_output(&c, OUT, fn_path_name(paths[p]));
-            if (c.used[RESIDUAL]) compare_output(&c, RESIDUAL_OUT, fn_path_name(paths[p]));
+            uint64_t before[THREADS] = {0}, after[THREADS] = {0};
+            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
+            for (int thread = 0; thread < THREADS; thread++) {
+                set_environment(modes[n % 4], n % 3 != 0);
+                before[thread] = control_word();
+            }
+            const fn_status status = fn_norm(&c.args);
+            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
+            for (int thread = 0; thread < THREADS; thread++) {
+                after[thread] = control_word();
+                set_environment(FE_TONEAREST, false);
+            }
+            require_ok(status);
+            for (int thread = 0; thread < THREADS; thread++)
+                if (before[thread] != after[thread])
+                    CHECK_FAIL("%s: the control word of thread %d was %#llx before and is %#llx after the call",
+                               fn_path_name(paths[p]), thread, (unsigned long long)before[thread],
+                               (unsigned long long)after[thread]);
+            compare_case(&c, fn_path_name(paths[p]));
         }
         free_case(&c);
     }
@@ -298,6 +354,7 @@ int main(int argc, char **argv) {
     every_dtype_combination(options.sample ? 1 : 8, &random);
     every_row_length(options.sample, &random);
     other_environments(options.sample ? 100 : 2000, &random);
+    kernels_in_parts(options.sample ? 200 : 2000, &random);
     large_calls(options.sample, &random);
     printf("norm_paths: %lld calls, %lld elements on each path: all as the contract says, %.1f s\n", (long long)calls,
            (long long)(elements / path_count), check_seconds() - start);

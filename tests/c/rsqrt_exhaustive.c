@@ -55,7 +55,7 @@ int main(int argc, char **argv) {
     check_first first = CHECK_FIRST_NONE;
     int64_t checked = 0;
 
-#pragma omp parallel for schedule(dynamic, 64) reduction(+ : checked)
+    OPENMP(omp parallel for schedule(dynamic, 64) reduction(+ : checked))
     for (int64_t chunk = 0; chunk < CHUNKS; chunk++) {
         const uint32_t base = (uint32_t)(chunk * CHUNK);
         if (options.sample) {
