@@ -300,7 +300,7 @@ def test_presets(path: Any, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "rows, columns", [(37, 64), (19, 111), (4099, 128), (300, 4096), (160, 7168), (5, 131072), (3, 2**20)]
+    "rows, columns", [(37, 64), (19, 111), (4099, 128), (150, 4096), (80, 7168), (24, 40000), (5, 131072), (3, 2**20)]
 )
 def test_row_keeps_its_bits(path: Any, threads: None, rows: int, columns: int, dtype: str) -> None:
     rng = seeded("rows", rows, columns, dtype)

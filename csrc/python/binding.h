@@ -157,7 +157,7 @@ int fn_torch_ready(fn_state *state);
  * Python threads run, so it comes before any memory is borrowed. */
 int fn_torch_check(fn_state *state, const char *function, fn_array *const *arrays, int count);
 PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype);
-/* Tells autograd that the torch tensors among these were written. */
+/* Tells autograd that the torch tensors among these, at most 2, were written. */
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count);
 
 /* ---- norms.c -------------------------------------------------------------------------------------------------------- */

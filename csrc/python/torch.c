@@ -170,14 +170,16 @@ PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtyp
 }
 
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count) {
-    for (int i = 0; i < count; i++) {
-        if (arrays[i]->through.door != FN_DOOR_TORCH) continue;
-        PyObject *one = PyTuple_New(1);
-        if (one) PyTuple_SET_ITEM(one, 0, Py_NewRef(arrays[i]->object));
-        PyObject *done = one ? PyObject_CallOneArg(state->torch.increment_version, one) : NULL;
-        Py_XDECREF(one);
-        if (!done) return -1;
-        Py_DECREF(done);
-    }
-    return 0;
+    PyObject *written[2]; /* borrowed */
+    int tensors = 0;
+    for (int i = 0; i < count; i++)
+        if (arrays[i]->through.door == FN_DOOR_TORCH) written[tensors++] = arrays[i]->object;
+    if (tensors == 0) return 0;
+    PyObject *tuple = PyTuple_New(tensors);
+    if (!tuple) return -1;
+    for (int i = 0; i < tensors; i++) PyTuple_SET_ITEM(tuple, i, Py_NewRef(written[i]));
+    PyObject *done = PyObject_CallOneArg(state->torch.increment_version, tuple);
+    Py_DECREF(tuple);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
 }

@@ -88,6 +88,14 @@ static void out_on_x_other_dtype(call *c) {
     share(c, OUT, X, 0);
     c->tensor[OUT].dtype = FN_BFLOAT16; /* and the same strides */
 }
+static void out_on_x_other_16_bits(call *c) {
+    share(c, OUT, X, 0);
+    for (int role = X; role <= OUT; role += OUT - X) {
+        c->tensor[role].dtype = role == X ? FN_FLOAT16 : FN_BFLOAT16;
+        c->stride_bytes[role][0] = 2 * COLUMNS;
+        c->stride_bytes[role][1] = 2;
+    }
+}
 static void out_on_x_other_strides(call *c) {
     share(c, OUT, X, 0);
     c->stride_bytes[OUT][0] = 4;
@@ -141,6 +149,7 @@ static const struct {
     {out_rows_overlap, FN_ERROR_VALUE, "out"},
     {out_on_x_shifted, FN_ERROR_VALUE, "out"},
     {out_on_x_other_dtype, FN_ERROR_VALUE, "out"},
+    {out_on_x_other_16_bits, FN_ERROR_VALUE, "out"},
     {out_on_x_other_strides, FN_ERROR_VALUE, "out"},
     {out_on_residual, FN_ERROR_VALUE, "out"},
     {out_on_post, FN_ERROR_VALUE, "out"},

@@ -283,6 +283,8 @@ static void other_environments(int repeats, uint64_t *random) {
         }
         build_case(&c, random);
         expect_case(&c);
+        const int mode = modes[random_below(random, 4)];
+        const bool flush_to_zero = random_below(random, 2) != 0;
         for (int p = 0; p < path_count; p++) {
             reset_memory(&c);
             require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
@@ -290,7 +292,7 @@ static void other_environments(int repeats, uint64_t *random) {
             uint64_t before[THREADS] = {0}, after[THREADS] = {0};
             OPENMP(omp parallel for schedule(static) num_threads(THREADS))
             for (int thread = 0; thread < THREADS; thread++) {
-                set_environment(modes[n % 4], n % 3 != 0);
+                set_environment(mode, flush_to_zero);
                 before[thread] = control_word();
             }
             const fn_status status = fn_norm(&c.args);
