@@ -243,7 +243,7 @@ def test_environment_variable(name: str) -> None:
         "        print(error)\n"
         "assert (x == 1).all()\n"
     )
-    environment = {**os.environ, "FUSEDNORM_CPU": name}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FUSEDNORM_CPU": name}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

@@ -28,8 +28,8 @@ def main() -> None:
 
     folder = Path(fusednorm.__file__).parent
     assert "site-packages" in folder.parts, f"{folder} is not an installed package"
-    for name in ("py.typed", "__init__.pyi", "data/hidden_states.npz"):
-        assert (folder / name).is_file(), f"the installed package lacks {name}"
+    for name in ("py.typed", "*.pyi", "data/hidden_states.npz"):
+        assert list(folder.glob(name)), f"the installed package lacks {name}"
     assert not list(folder.rglob("*.c")), "the installed package holds C sources"
     metadata = importlib.metadata.metadata("fusednorm")
     versions = {fusednorm.__version__, info["version"], metadata["Version"]}

@@ -36,15 +36,16 @@ typedef enum {
  *   fold        the row's sum of squares; `sums` has room for the groups rounded up to 16, and is overwritten.
  *   finish      residual_out and out for columns [begin, end), any begin.
  * `rows` does all three for rows [begin, end), with `sums` as scratch.
- * widen and narrow are the path's own loads and stores, on contiguous memory, for the exhaustive tests. */
+ * widen and narrow are the path's own loads and stores, on contiguous memory, for the exhaustive tests; `paired` (bfloat16
+ * only) takes those of calls that are bfloat16 throughout, where a path has them. */
 typedef struct {
     const char *name;
     void (*rows)(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums);
     void (*sum_groups)(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums);
     float (*fold)(float *sums, int64_t columns);
     void (*finish)(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints);
-    void (*widen)(const void *source, fn_dtype dtype, float *target, int64_t count);
-    void (*narrow)(const float *source, fn_dtype dtype, void *target, int64_t count);
+    void (*widen)(const void *source, fn_dtype dtype, float *target, int64_t count, bool paired);
+    void (*narrow)(const float *source, fn_dtype dtype, void *target, int64_t count, bool paired);
 } fn_norm_kernels;
 
 #define FN_COLUMN_QUANTUM 128

@@ -9,9 +9,14 @@
  *   load_f32, load_f16, load_bf16    LANES elements from any address, widened
  *   store_f32, store_f16, store_bf16 LANES elements to any address, narrowed
  *   stream_f32, stream_f16, stream_bf16   the same past the cache, to an address that is a multiple of LANES elements
- *   fold8                            from 8 vectors of neighbours (8 * LANES columns): LANES group sums, in order
+ *   load2_bf16, store2_bf16, stream2_bf16   2 * LANES elements as two vectors in the paired order
+ *   fold8, fold8_paired              from 8 vectors of neighbours (8 * LANES columns): LANES group sums, in order
  *   fold_lanes                       the lanes of one vector folded by halves
  *   PATH, PATH_NAME                  the table to define and its name
+ *
+ * The paired order, for calls whose every operand is bfloat16: of each 8 neighbours, 0 to 3 lie in the first vector and 4 to
+ * 7 at the same place of the second. Interleaving with zeros makes it in one instruction a vector, packing undoes it, and
+ * the first halving of a group is a plain addition.
  *
  * Work goes by blocks of 8 vectors, which the registers hold, and behind the last whole block by half a block (a head of
  * 64 columns is one in AVX-512) and by single vectors. Columns that do not fill a vector, or do not lie side by side, go
@@ -23,6 +28,7 @@ _Static_assert(FN_COLUMN_QUANTUM % BLOCK == 0, "a thread's share of a row is a w
 #define INLINE static inline __attribute__((always_inline))
 /* `count` is 8, 4 or 1 and known to the compiler. */
 #define FOR_VECTORS(count) _Pragma("GCC unroll 8") for (int k = 0; k < (count); k++)
+#define FOR_PAIRS(count) _Pragma("GCC unroll 4") for (int k = 0; k < (count); k += 2)
 
 /* Where the next columns of each operand begin. */
 typedef struct {
@@ -31,7 +37,16 @@ typedef struct {
 
 /* `s = load(p)`, `s = s + load(p)`, `s = s * load(p)`. */
 #define DEFINE_READ(function, combine)                                                                                 \
-    INLINE void function(vector *s, int count, const char *p, fn_dtype dtype) {                                        \
+    INLINE void function(vector *s, int count, const char *p, fn_dtype dtype, bool paired) {                           \
+        if (paired) {                                                                                                  \
+            FOR_PAIRS(count) {                                                                                         \
+                vector first, second;                                                                                  \
+                load2_bf16(p + k * LANES * 2, &first, &second);                                                        \
+                s[k] = combine(s[k], first);                                                                           \
+                s[k + 1] = combine(s[k + 1], second);                                                                  \
+            }                                                                                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
         switch (dtype) {                                                                                               \
         case FN_FLOAT16: FOR_VECTORS(count) s[k] = combine(s[k], load_f16(p + k * LANES * 2)); return;                 \
         case FN_BFLOAT16: FOR_VECTORS(count) s[k] = combine(s[k], load_bf16(p + k * LANES * 2)); return;               \
@@ -46,7 +61,11 @@ DEFINE_READ(read_add, add)
 DEFINE_READ(read_mul, mul)
 
 #define DEFINE_WRITE(function, verb)                                                                                   \
-    INLINE void function(char *p, const vector *s, int count, fn_dtype dtype) {                                        \
+    INLINE void function(char *p, const vector *s, int count, fn_dtype dtype, bool paired) {                           \
+        if (paired) {                                                                                                  \
+            FOR_PAIRS(count) verb##2_bf16(p + k * LANES * 2, s[k], s[k + 1]);                                          \
+            return;                                                                                                    \
+        }                                                                                                              \
         switch (dtype) {                                                                                               \
         case FN_FLOAT16: FOR_VECTORS(count) verb##_f16(p + k * LANES * 2, s[k]); return;                               \
         case FN_BFLOAT16: FOR_VECTORS(count) verb##_bf16(p + k * LANES * 2, s[k]); return;                             \
@@ -70,45 +89,45 @@ INLINE void round_to(vector *s, int count, fn_dtype dtype) {
 /* ---- the five steps on 8 vectors, 4 or 1 -------------------------------------------------------------------------------- */
 
 /* Step 1: s = (x + residual) + post. */
-INLINE void sum(const fn_norm_plan *plan, const columns_at *c, vector *s, int count) {
-    read(s, count, c->at[FN_X], plan->operand[FN_X].dtype);
-    if (c->at[FN_RESIDUAL]) read_add(s, count, c->at[FN_RESIDUAL], plan->operand[FN_RESIDUAL].dtype);
-    if (c->at[FN_POST]) read_add(s, count, c->at[FN_POST], plan->operand[FN_POST].dtype);
+INLINE void sum(const fn_norm_plan *plan, const columns_at *c, vector *s, int count, bool paired) {
+    read(s, count, c->at[FN_X], plan->operand[FN_X].dtype, paired);
+    if (c->at[FN_RESIDUAL]) read_add(s, count, c->at[FN_RESIDUAL], plan->operand[FN_RESIDUAL].dtype, paired);
+    if (c->at[FN_POST]) read_add(s, count, c->at[FN_POST], plan->operand[FN_POST].dtype, paired);
 }
 
 /* Step 2, the squares. */
-INLINE void squares(const fn_norm_plan *plan, const columns_at *c, vector *p, int count) {
-    sum(plan, c, p, count);
+INLINE void squares(const fn_norm_plan *plan, const columns_at *c, vector *p, int count, bool paired) {
+    sum(plan, c, p, count, paired);
     if (plan->round_sum == FN_SUM_ROUNDED) round_to(p, count, plan->operand[FN_RESIDUAL_OUT].dtype);
     FOR_VECTORS(count) p[k] = mul(p[k], p[k]);
 }
 
 /* Steps 4 and 5, and residual_out. */
-INLINE void finish_columns(const fn_norm_plan *plan, const columns_at *c, vector r, int count, bool stream_out,
-                           bool stream_residual) {
+INLINE void finish_columns(const fn_norm_plan *plan, const columns_at *c, vector r, int count, bool paired,
+                           bool stream_out, bool stream_residual) {
     vector s[8];
-    sum(plan, c, s, count);
+    sum(plan, c, s, count, paired);
     if (c->at[FN_RESIDUAL_OUT]) {
         const fn_dtype dtype = plan->operand[FN_RESIDUAL_OUT].dtype;
         if (plan->round_sum != FN_SUM_FP32) round_to(s, count, dtype);
-        if (stream_residual) write_past_cache(c->at[FN_RESIDUAL_OUT], s, count, dtype);
-        else write(c->at[FN_RESIDUAL_OUT], s, count, dtype);
+        if (stream_residual) write_past_cache(c->at[FN_RESIDUAL_OUT], s, count, dtype, paired);
+        else write(c->at[FN_RESIDUAL_OUT], s, count, dtype, paired);
     }
     FOR_VECTORS(count) s[k] = mul(s[k], r);
     if (plan->cast_x_before_out_mul) round_to(s, count, plan->operand[FN_X].dtype);
     if (c->at[FN_WEIGHT]) {
         const fn_dtype dtype = plan->operand[FN_WEIGHT].dtype;
         if (plan->weight_offset == 0) {
-            read_mul(s, count, c->at[FN_WEIGHT], dtype);
+            read_mul(s, count, c->at[FN_WEIGHT], dtype, paired);
         } else {
             const vector offset = set1(plan->weight_offset);
             vector weight[8];
-            read(weight, count, c->at[FN_WEIGHT], dtype);
+            read(weight, count, c->at[FN_WEIGHT], dtype, paired);
             FOR_VECTORS(count) s[k] = mul(s[k], add(weight[k], offset));
         }
     }
-    if (stream_out) write_past_cache(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype);
-    else write(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype);
+    if (stream_out) write_past_cache(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype, paired);
+    else write(c->at[FN_OUT], s, count, plan->operand[FN_OUT].dtype, paired);
 }
 
 /* ---- columns where they lie, and columns by way of the stack ------------------------------------------------------------- */
@@ -180,7 +199,7 @@ static __attribute__((noinline)) vector groups_by_vectors(const fn_norm_plan *pl
         }
         if (plan->contiguous && column + LANES <= end) point_at(plan, row, column, &c);
         else stage_in(plan, row, column, end - column < LANES ? end - column : LANES, &staged, &c);
-        squares(plan, &c, &p[k], 1);
+        squares(plan, &c, &p[k], 1, false);
     }
     return fold8(p);
 }
@@ -193,10 +212,10 @@ static __attribute__((noinline)) void finish_by_vectors(const fn_norm_plan *plan
         columns_at c;
         if (plan->contiguous && count == LANES) {
             point_at(plan, row, column, &c);
-            finish_columns(plan, &c, r, 1, false, false);
+            finish_columns(plan, &c, r, 1, false, false, false);
         } else {
             stage_in(plan, row, column, count, &staged, &c);
-            finish_columns(plan, &c, r, 1, false, false);
+            finish_columns(plan, &c, r, 1, false, false, false);
             stage_out(plan, row, column, count, &staged);
         }
     }
@@ -204,22 +223,23 @@ static __attribute__((noinline)) void finish_by_vectors(const fn_norm_plan *plan
 
 /* ---- one row ---------------------------------------------------------------------------------------------------------- */
 
-INLINE void sum_groups_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums) {
+INLINE void sum_groups_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums,
+                              bool paired) {
     int64_t column = begin;
     for (; plan->contiguous && column + BLOCK <= end; column += BLOCK) {
         columns_at c;
         vector p[8];
         point_at(plan, row, column, &c);
-        squares(plan, &c, p, 8);
-        store_f32(sums + column / 8, fold8(p));
+        squares(plan, &c, p, 8, paired);
+        store_f32(sums + column / 8, paired ? fold8_paired(p) : fold8(p));
     }
     if (plan->contiguous && column + HALF_BLOCK == end) {
         columns_at c;
         vector p[8];
         point_at(plan, row, column, &c);
-        squares(plan, &c, p, 4);
+        squares(plan, &c, p, 4, paired);
         for (int k = 4; k < 8; k++) p[k] = set1(0);
-        store_f32(sums + column / 8, fold8(p));
+        store_f32(sums + column / 8, paired ? fold8_paired(p) : fold8(p));
         return;
     }
     for (; column < end; column += BLOCK)
@@ -259,7 +279,8 @@ INLINE void prefetch_block(const fn_norm_plan *plan, const fn_row *row, int64_t 
     }
 }
 
-INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints) {
+INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints,
+                          bool paired) {
     const vector scale = set1(r);
     int64_t column = begin;
     const bool prefetch = hints & FN_PREFETCH && plan->leading_ndim > 0;
@@ -281,58 +302,94 @@ INLINE void finish_inline(const fn_norm_plan *plan, const fn_row *row, int64_t b
         columns_at c;
         point_at(plan, row, column, &c);
         if (prefetch) prefetch_block(plan, row, column);
-        finish_columns(plan, &c, scale, 8, stream_out, stream_residual);
+        finish_columns(plan, &c, scale, 8, paired, stream_out, stream_residual);
     }
     if (plan->contiguous && column + HALF_BLOCK <= end) {
         columns_at c;
         point_at(plan, row, column, &c);
-        finish_columns(plan, &c, scale, 4, stream_out, stream_residual);
+        finish_columns(plan, &c, scale, 4, paired, stream_out, stream_residual);
         column += HALF_BLOCK;
     }
     if (column < end) finish_by_vectors(plan, row, column, end, scale);
 }
 
+/* ---- the table's functions, each in both orders ------------------------------------------------------------------------- */
+
+static bool all_bf16(const fn_norm_plan *plan) {
+    for (int operand = 0; operand < FN_OPERANDS; operand++)
+        if (plan->operand[operand].data && plan->operand[operand].dtype != FN_BFLOAT16) return false;
+    return true;
+}
+
 static void sum_groups(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float *sums) {
-    sum_groups_inline(plan, row, begin, end, sums);
+    if (all_bf16(plan)) sum_groups_inline(plan, row, begin, end, sums, true);
+    else sum_groups_inline(plan, row, begin, end, sums, false);
 }
 
 static float fold(float *sums, int64_t columns) { return fold_inline(sums, columns); }
 
 static void finish(const fn_norm_plan *plan, const fn_row *row, int64_t begin, int64_t end, float r, int hints) {
-    finish_inline(plan, row, begin, end, r, hints & ~FN_PREFETCH);
+    hints &= ~FN_PREFETCH;
+    if (all_bf16(plan)) finish_inline(plan, row, begin, end, r, hints, true);
+    else finish_inline(plan, row, begin, end, r, hints, false);
 }
 
-static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums) {
+INLINE void rows_inline(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums, bool paired) {
     fn_walk walk;
     fn_walk_to(plan, begin, &walk);
     for (int64_t number = begin; number < end; number++, fn_walk_on(plan, &walk)) {
-        sum_groups_inline(plan, &walk.row, 0, plan->columns, sums);
+        sum_groups_inline(plan, &walk.row, 0, plan->columns, sums, paired);
         const float r = fn_norm_scale(fold_inline(sums, plan->columns), plan);
-        finish_inline(plan, &walk.row, 0, plan->columns, r, hints);
+        finish_inline(plan, &walk.row, 0, plan->columns, r, hints, paired);
     }
+}
+
+static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints, float *sums) {
+    if (all_bf16(plan)) rows_inline(plan, begin, end, hints, sums, true);
+    else rows_inline(plan, begin, end, hints, sums, false);
 }
 
 /* ---- the path's conversions alone --------------------------------------------------------------------------------------- */
 
-static void convert(const void *source, fn_dtype from, void *target, fn_dtype to, int64_t count) {
-    const int64_t from_bytes = fn_dtypes[from].bytes, to_bytes = fn_dtypes[to].bytes;
+/* Between the natural order and the paired one, through memory: the tests' own business, so it need not be fast. */
+static void reorder(vector s[8], bool to_paired) {
+    float natural[BLOCK], paired[BLOCK];
+    FOR_VECTORS(8) store_f32((to_paired ? natural : paired) + k * LANES, s[k]);
+    for (int column = 0; column < BLOCK; column++) {
+        const int pair = column / (2 * LANES), group = column % (2 * LANES) / 8, place = column % 8;
+        const int at = pair * 2 * LANES + place / 4 * LANES + group * 4 + place % 4;
+        if (to_paired) paired[at] = natural[column];
+        else natural[column] = paired[at];
+    }
+    FOR_VECTORS(8) s[k] = load_f32((to_paired ? paired : natural) + k * LANES);
+}
+
+static void widen(const void *source, fn_dtype dtype, float *target, int64_t count, bool paired) {
+    const int64_t bytes = fn_dtypes[dtype].bytes;
     for (int64_t i = 0; i < count; i += BLOCK) {
         const int64_t part = count - i < BLOCK ? count - i : BLOCK;
         char in[BLOCK * sizeof(float)] = {0}, out[BLOCK * sizeof(float)];
         vector s[8];
-        memcpy(in, (const char *)source + i * from_bytes, (size_t)(part * from_bytes));
-        read(s, 8, in, from);
-        write(out, s, 8, to);
-        memcpy((char *)target + i * to_bytes, out, (size_t)(part * to_bytes));
+        memcpy(in, (const char *)source + i * bytes, (size_t)(part * bytes));
+        read(s, 8, in, dtype, paired);
+        if (paired) reorder(s, false);
+        write(out, s, 8, FN_FLOAT32, false);
+        memcpy(target + i, out, (size_t)part * sizeof(float));
     }
 }
 
-static void widen(const void *source, fn_dtype dtype, float *target, int64_t count) {
-    convert(source, dtype, target, FN_FLOAT32, count);
-}
-
-static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count) {
-    convert(source, FN_FLOAT32, target, dtype, count);
+static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count, bool paired) {
+    const int64_t bytes = fn_dtypes[dtype].bytes;
+    for (int64_t i = 0; i < count; i += BLOCK) {
+        const int64_t part = count - i < BLOCK ? count - i : BLOCK;
+        char in[BLOCK * sizeof(float)] = {0}, out[BLOCK * sizeof(float)];
+        vector s[8];
+        memcpy(in, source + i, (size_t)part * sizeof(float));
+        read(s, 8, in, FN_FLOAT32, false);
+        if (paired) reorder(s, true);
+        write(out, s, 8, dtype, paired);
+        memcpy((char *)target + i * bytes, out, (size_t)(part * bytes));
+    }
 }
 
 const fn_norm_kernels PATH = {PATH_NAME, rows, sum_groups, fold, finish, widen, narrow};

@@ -53,10 +53,24 @@ static inline vector round_bf16(vector v) {
 static inline void store_f32(void *p, vector v) { vst1q_u8(p, vreinterpretq_u8_f32(v)); }
 static inline void store_f16(void *p, vector v) { vst1_u8(p, vreinterpret_u8_f16(narrow_f16(v))); }
 static inline void store_bf16(void *p, vector v) { vst1_u8(p, vreinterpret_u8_u16(narrow_bf16(v))); }
+
+/* The paired order of 8 neighbours is the natural one: 4 floats a vector. */
+static inline void load2_bf16(const void *p, vector *first, vector *second) {
+    const uint16x8_t elements = vreinterpretq_u16_u8(vld1q_u8(p));
+    *first = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(elements), 16));
+    *second = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(elements), 16));
+}
+
+static inline void store2_bf16(void *p, vector first, vector second) {
+    const uint16x8_t elements = vshrn_high_n_u32(narrow_bf16(first), round_bits_bf16(second), 16);
+    vst1q_u8(p, vreinterpretq_u8_u16(elements));
+}
+
 /* AArch64 cores detect streams of whole lines by themselves. */
 #define stream_f32 store_f32
 #define stream_f16 store_f16
 #define stream_bf16 store_bf16
+#define stream2_bf16 store2_bf16
 
 /* ---- folds ------------------------------------------------------------------------------------------------------------ */
 
@@ -73,6 +87,8 @@ static inline vector fold8(const vector p[8]) {
     /* a[i] + a[i + 1]: groups 0 1 2 3 */
     return add(vuzp1q_f32(two[0], two[1]), vuzp2q_f32(two[0], two[1]));
 }
+
+#define fold8_paired fold8
 
 /* 4 -> 2 -> 1: a[i] + a[i + half] */
 static inline float fold_lanes(vector v) {

@@ -117,11 +117,13 @@ static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints
     }
 }
 
-static void widen(const void *source, fn_dtype dtype, float *target, int64_t count) {
+static void widen(const void *source, fn_dtype dtype, float *target, int64_t count, bool paired) {
+    (void)paired;
     for (int64_t i = 0; i < count; i++) target[i] = load((const char *)source + i * fn_dtypes[dtype].bytes, dtype);
 }
 
-static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count) {
+static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count, bool paired) {
+    (void)paired;
     for (int64_t i = 0; i < count; i++) store((char *)target + i * fn_dtypes[dtype].bytes, source[i], dtype);
 }
 

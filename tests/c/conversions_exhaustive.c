@@ -16,19 +16,23 @@ static const exact_format *const formats[] = {&exact_fp16, &exact_bf16};
 static const fn_norm_kernels *paths[FN_PATH_COUNT];
 static int path_count;
 
+/* Each path converts in its natural order, and bfloat16 in the paired order too. */
+static int ways(const exact_format *format) { return format->dtype == FN_BFLOAT16 ? 2 * path_count : path_count; }
+
 /* Narrows `count` floats on every path and compares with what is expected; a place is an fp32 encoding. */
 static void check_narrow(const exact_format *format, const float *source, const uint16_t *expected, int64_t count,
                          check_first *first) {
     uint16_t target[BLOCK];
-    for (int p = 0; p < path_count; p++) {
+    for (int way = 0; way < ways(format); way++) {
+        const fn_norm_kernels *const path = paths[way % path_count];
         memset(target, 0x5a, sizeof target);
-        paths[p]->narrow(source, format->dtype, target, count);
+        path->narrow(source, format->dtype, target, count, way >= path_count);
         if (memcmp(target, expected, (size_t)count * sizeof *target) == 0) continue;
         for (int64_t i = 0; i < count; i++) {
             const uint32_t bits = bits_of(source[i]);
             const bool is_nan = (bits & FP32_MAGNITUDE) > FP32_INFINITY;
             if (is_nan ? exact_is_nan16(format, target[i]) : target[i] == expected[i]) continue;
-            CHECK_KEEP(first, (int64_t)bits, "%s: %s of %a, 0x%08x, gave 0x%04x, not 0x%04x%s", paths[p]->name,
+            CHECK_KEEP(first, (int64_t)bits, "%s: %s of %a, 0x%08x, gave 0x%04x, not 0x%04x%s", path->name,
                        fn_dtypes[format->dtype].name, (double)source[i], bits, target[i], expected[i],
                        is_nan ? " or another NaN" : "");
             break;
@@ -115,11 +119,12 @@ static int64_t widen_everything(void) {
     static float target[0x10000];
     for (uint32_t encoding = 0; encoding < 0x10000; encoding++) source[encoding] = (uint16_t)encoding;
     for (int f = 0; f < 2; f++) {
-        for (int p = 0; p < path_count; p++) {
+        for (int way = 0; way < ways(formats[f]); way++) {
+            const fn_norm_kernels *const path = paths[way % path_count];
             memset(target, 0x5a, sizeof target);
-            paths[p]->widen(source, formats[f]->dtype, target, 0x10000);
+            path->widen(source, formats[f]->dtype, target, 0x10000, way >= path_count);
             for (uint32_t encoding = 0; encoding < 0x10000; encoding++)
-                require_same_float(paths[p]->name, formats[f], encoding, target[encoding]);
+                require_same_float(path->name, formats[f], encoding, target[encoding]);
         }
     }
     return 2 * 0x10000;
@@ -132,6 +137,8 @@ static void check_tail(const fn_norm_kernels *path, const exact_format *format, 
     float wide_memory[LONGEST_TAIL + 16], wide[LONGEST_TAIL];
     uint16_t narrow[LONGEST_TAIL];
 
+    const bool paired = format->dtype == FN_BFLOAT16 && (random64(random) & 1);
+
     /* Half of the floats lie in the 16-bit range, the others are any encoding. */
     for (int i = 0; i < LONGEST_TAIL; i++) {
         const uint64_t word = random64(random);
@@ -139,7 +146,7 @@ static void check_tail(const fn_norm_kernels *path, const exact_format *format, 
         if (word & 2) wide[i] *= 1.0f + (float)(word >> 4 & 0xfff) * 0x1p-12f;
     }
     memset(narrow_memory, 0x5a, sizeof narrow_memory);
-    path->narrow(wide, format->dtype, narrow_memory + offset, count);
+    path->narrow(wide, format->dtype, narrow_memory + offset, count, paired);
     memcpy(narrow, narrow_memory + offset, (size_t)count * 2);
     for (int64_t i = 0; i < count; i++) {
         const uint16_t expected = exact_narrow(format, bits_of(wide[i]));
@@ -156,7 +163,7 @@ static void check_tail(const fn_norm_kernels *path, const exact_format *format, 
     for (int i = 0; i < LONGEST_TAIL; i++) narrow[i] = (uint16_t)random64(random);
     memcpy(narrow_memory + offset, narrow, sizeof narrow);
     memset(wide_memory, 0x5a, sizeof wide_memory);
-    path->widen(narrow_memory + offset, format->dtype, wide_memory, count);
+    path->widen(narrow_memory + offset, format->dtype, wide_memory, count, paired);
     for (int64_t i = 0; i < count; i++) require_same_float(path->name, format, narrow[i], wide_memory[i]);
     for (int64_t i = count; i < LONGEST_TAIL + 16; i++)
         if (bits_of(wide_memory[i]) != 0x5a5a5a5a)

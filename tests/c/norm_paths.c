@@ -269,7 +269,11 @@ static void set_environment(int rounding_mode, bool flush_to_zero) {
 static void other_environments(int repeats, uint64_t *random) {
     const double start = check_seconds();
     static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
+#if defined(_OPENMP)
     enum { THREADS = 4 };
+#else
+    enum { THREADS = 1 };
+#endif
     require_ok(fn_set_num_threads(THREADS));
     for (int n = 0; n < repeats; n++) {
         norm_case c = {0};
