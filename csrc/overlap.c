@@ -2,20 +2,6 @@
 
 #include <stdlib.h>
 
-typedef struct {
-    uint64_t low, high; /* addresses of the first byte and of the one behind the last */
-} extent;
-
-static extent extent_of(const fn_tensor *a) {
-    uint64_t low = (uint64_t)(uintptr_t)a->data, high = low + (uint64_t)fn_dtypes[a->dtype].bytes;
-    for (int32_t i = 0; i < a->ndim; i++) {
-        const uint64_t reach = (uint64_t)(a->shape[i] - 1) * (uint64_t)a->stride_bytes[i];
-        if (a->stride_bytes[i] < 0) low += reach;
-        else high += reach;
-    }
-    return (extent){low, high};
-}
-
 bool fn_same_view(const fn_tensor *a, const fn_tensor *b) {
     if (a->data != b->data || a->dtype != b->dtype || a->ndim != b->ndim) return false;
     for (int32_t i = 0; i < a->ndim; i++)
@@ -23,68 +9,90 @@ bool fn_same_view(const fn_tensor *a, const fn_tensor *b) {
     return true;
 }
 
-/* ---- strides, largest first -------------------------------------------------------------------------------------------- */
+/* ---- one dimension of a view, or of two --------------------------------------------------------------------------------- */
 
+__extension__ typedef __int128 wide; /* no sum of strides overflows it */
+
+/* An address moves by stride * index, index in [low, high], stride > 0. */
 typedef struct {
-    uint64_t stride, size;
-    int owner;
+    wide stride, low, high;
 } step;
 
 static int by_stride_descending(const void *left, const void *right) {
-    const uint64_t a = ((const step *)left)->stride, b = ((const step *)right)->stride;
+    const wide a = ((const step *)left)->stride, b = ((const step *)right)->stride;
     return a < b ? 1 : a > b ? -1 : 0;
 }
 
-static int steps_of(const fn_tensor *a, int owner, step *steps) {
+/* The view's steps with indices of `sign`, and the address from which they count. */
+static int steps_of(const fn_tensor *a, int sign, step *steps, wide *origin) {
     int count = 0;
+    *origin = (wide)(uintptr_t)a->data;
     for (int32_t i = 0; i < a->ndim; i++) {
-        const int64_t stride = a->stride_bytes[i];
-        if (a->shape[i] > 1)
-            steps[count++] = (step){stride < 0 ? 0 - (uint64_t)stride : (uint64_t)stride, (uint64_t)a->shape[i], owner};
+        const wide stride = a->stride_bytes[i], last = a->shape[i] - 1;
+        if (stride == 0 || last == 0) continue;
+        if (stride < 0) *origin += stride * last;
+        steps[count++] = (step){stride < 0 ? -stride : stride, sign < 0 ? -last : 0, sign < 0 ? 0 : last};
     }
     return count;
 }
 
-static uint64_t greatest_common_divisor(uint64_t a, uint64_t b) {
-    while (b) {
-        const uint64_t rest = a % b;
-        a = b;
-        b = rest;
+static wide reach(const step *steps, int count, bool upwards) {
+    wide sum = 0;
+    for (int k = 0; k < count; k++) sum += steps[k].stride * (upwards ? steps[k].high : steps[k].low);
+    return sum;
+}
+
+/* ---- do two views meet? --------------------------------------------------------------------------------------------------- */
+
+static wide divide_down(wide a, wide b) { return a / b - (a % b != 0 && a < 0); }
+
+/* Can the steps, largest stride first, reach [low, high]? At each level the smaller strides bound what is left, so that in
+ * a nested layout an index or two remain to try. */
+static bool reaches(const step *steps, int count, wide low, wide high, int *budget) {
+    if (count == 0) return low <= 0 && 0 <= high;
+    const wide rest_low = reach(steps + 1, count - 1, false), rest_high = reach(steps + 1, count - 1, true);
+    wide first = -divide_down(-(low - rest_high), steps->stride), last = divide_down(high - rest_low, steps->stride);
+    if (first < steps->low) first = steps->low;
+    if (last > steps->high) last = steps->high;
+    for (wide index = first; index <= last; index++) {
+        if (--*budget < 0) return true;
+        const wide moved = steps->stride * index;
+        if (reaches(steps + 1, count - 1, low - moved, high - moved, budget)) return true;
     }
-    return a;
+    return false;
 }
 
 bool fn_may_overlap(const fn_tensor *a, const fn_tensor *b) {
-    const extent ea = extent_of(a), eb = extent_of(b);
-    if (ea.high <= eb.low || eb.high <= ea.low) return false;
-
     step steps[2 * FN_MAX_NDIM];
-    int count = steps_of(a, 0, steps);
-    count += steps_of(b, 1, steps + count);
+    wide origin_a, origin_b;
+    int count = steps_of(a, -1, steps, &origin_a);
+    count += steps_of(b, 1, steps + count, &origin_b);
     qsort(steps, (size_t)count, sizeof steps[0], by_stride_descending);
-
-    /* Take a pitch that divides the k largest strides. Every byte of a view then lies, modulo the pitch, in one tile: what
-     * the smaller strides span. Disjoint tiles mean disjoint views. */
-    uint64_t pitch = 0, tile[2] = {ea.high - ea.low, eb.high - eb.low};
+    int used = 0; /* equal strides of the two become one step */
     for (int k = 0; k < count; k++) {
-        pitch = greatest_common_divisor(pitch, steps[k].stride);
-        tile[steps[k].owner] -= (steps[k].size - 1) * steps[k].stride;
-        if (pitch == 0 || tile[0] > pitch || tile[1] > pitch) continue;
-        const uint64_t distance =
-            eb.low >= ea.low ? (eb.low - ea.low) % pitch : (pitch - (ea.low - eb.low) % pitch) % pitch;
-        if (distance >= tile[0] && distance + tile[1] <= pitch) return false;
+        if (used > 0 && steps[used - 1].stride == steps[k].stride) {
+            steps[used - 1].low += steps[k].low;
+            steps[used - 1].high += steps[k].high;
+        } else {
+            steps[used++] = steps[k];
+        }
     }
-    return true;
+    /* Bytes are shared where b's element begins less than its length before a's, or less than a's length behind. */
+    const wide apart = origin_a - origin_b;
+    int budget = 10000;
+    return reaches(steps, used, apart - fn_dtypes[b->dtype].bytes + 1, apart + fn_dtypes[a->dtype].bytes - 1, &budget);
 }
 
 bool fn_may_overlap_itself(const fn_tensor *a) {
     step steps[FN_MAX_NDIM];
-    const int count = steps_of(a, 0, steps);
+    wide origin, spanned = fn_dtypes[a->dtype].bytes;
+    for (int32_t i = 0; i < a->ndim; i++)
+        if (a->stride_bytes[i] == 0 && a->shape[i] > 1) return true;
+    const int count = steps_of(a, 1, steps, &origin);
     qsort(steps, (size_t)count, sizeof steps[0], by_stride_descending);
-    uint64_t spanned = (uint64_t)fn_dtypes[a->dtype].bytes;
     for (int k = count - 1; k >= 0; k--) {
         if (steps[k].stride < spanned) return true;
-        spanned += (steps[k].size - 1) * steps[k].stride;
+        spanned += steps[k].high * steps[k].stride;
     }
     return false;
 }

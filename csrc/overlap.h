@@ -7,8 +7,9 @@
 /* The same bytes in the same order with the same meaning; both have elements and one shape. */
 bool fn_same_view(const fn_tensor *a, const fn_tensor *b);
 
-/* False only if the views are proved disjoint: by their address ranges, or because they lie in different columns of one
- * pitch (slices of a fused buffer, interleaved elements, every other row). Both have elements. */
+/* Whether an element of `a` shares a byte with an element of `b`: exact for all layouts that arise in practice (slices of a
+ * fused buffer, interleaved elements, every other row, and these within each other); true where a search of some thousand
+ * steps does not decide. Both have elements. */
 bool fn_may_overlap(const fn_tensor *a, const fn_tensor *b);
 
 /* False only if distinct indices are proved to name distinct bytes. */

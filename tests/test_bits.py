@@ -170,17 +170,19 @@ def combination(rows: int, columns: int, rng: np.random.Generator, **fixed: Any)
     )
 
 
-# Row lengths and row counts: one case per operation and dtype of x, the other dtypes and the keywords drawn
+# Row lengths and row counts
 
 
 def length_cases() -> list[Any]:
+    """For each length and dtype of x: both operations with that dtype throughout, and one drawn from all there are."""
     cases = []
-    for columns, x, fused in itertools.product(LENGTHS, DTYPES, (False, True)):
-        rows = max(2**19 // columns, 1) if columns < 2**19 else 2
-        rng = seeded("lengths", columns, x, fused)
-        fixed = {"x": x, "out": "float32" if rng.random() < 0.5 else x} | ({} if fused else {"residual": None})
-        case = combination(min(rows, 4099), columns, rng, **fixed)
-        cases.append(pytest.param(case, id=f"{columns}-{SHORT[x]}-{'fused' if fused else 'norm'}"))
+    for columns, x, kind in itertools.product(LENGTHS, DTYPES, ("norm", "fused", "mixed")):
+        rows = min(max(2**18 // columns, 1 + (kind == "norm")), 4099)
+        fixed: dict[str, Any] = {"x": x}
+        if kind != "mixed":
+            fixed |= {"out": x, "weight": x, "residual": None if kind == "norm" else x, "residual_out": x, "post": None}
+        case = combination(rows, columns, seeded("lengths", columns, x, kind), **fixed)
+        cases.append(pytest.param(case, id=f"{columns}-{SHORT[x]}-{kind}"))
     return cases
 
 
@@ -304,11 +306,12 @@ def test_presets(path: Any, name: str) -> None:
 )
 def test_row_keeps_its_bits(path: Any, threads: None, rows: int, columns: int, dtype: str) -> None:
     rng = seeded("rows", rows, columns, dtype)
-    x, residual = random_rows(rng, (rows, columns), dtype), random_rows(rng, (rows, columns), "float32")
+    other = dtype if dtype == "bfloat16" else "float32"  # bfloat16 throughout, which has an order of its own
+    x, residual = random_rows(rng, (rows, columns), dtype), random_rows(rng, (rows, columns), other)
     weight = path.array(random_weight(rng, columns, dtype))
 
     def norm(x: Any, residual: Any) -> list[Any]:
-        options = {"round_sum": "after_variance", "out_dtype": "float32", "inplace": False}
+        options = {"round_sum": "after_variance", "out_dtype": other, "inplace": False}
         results = path.fused_add_rmsnorm(path.array(x), path.array(residual), weight, **options)
         return [path.numpy(result) for result in results]
 

@@ -120,8 +120,9 @@ def test_each_operand_in_each_layout(path: Any, operand: str) -> None:
             continue
         arrays = {}
         fused = operand not in ("x", "weight", "out") or i % 2 == 0
+        dtypes = DTYPES if i % 3 else DTYPES[i // 3 % len(DTYPES) :][:1]
         for name in (*INPUTS, *OUTPUTS) if fused else ("x", "weight", "out"):
-            dtype = DTYPES[rng.integers(len(DTYPES))]
+            dtype = dtypes[rng.integers(len(dtypes))]
             itemsize = np.dtype(dtype).itemsize
             own = shape[1:] if name == "weight" else shape
             if name != operand:
@@ -170,8 +171,9 @@ def test_any_layouts(path: Any, data: st.DataObject) -> None:
             names.remove(optional)
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1), "values"))
     arrays = {}
+    dtypes = data.draw(st.sampled_from((DTYPES, *((dtype,) for dtype in DTYPES))), "dtypes")
     for name in names:
-        dtype = data.draw(st.sampled_from(DTYPES), f"dtype of {name}")
+        dtype = data.draw(st.sampled_from(dtypes), f"dtype of {name}")
         own = shape[-1:] if name == "weight" else shape
         where = data.draw(layouts(own, np.dtype(dtype).itemsize, name in OUTPUTS), name)
         arrays[name] = Placed(path, dtype, own, where, values(rng, name, own, dtype) if name in INPUTS else None)
@@ -204,30 +206,43 @@ def test_64_bit_offsets(path: Any) -> None:
     del view, out, raw
 
 
-@pytest.mark.parametrize("shifts", [(0, 0), (2, 2), (0, 6), (6, 1)], ids=str)
-@pytest.mark.parametrize("columns", [64, 1000, 4099])
-def test_results_larger_than_the_cache(core_path: Any, columns: int, shifts: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "columns, shifts, source, target",
+    [
+        (64, (0, 0), "float32", "float16"),
+        (64, (2, 2), DTYPES[-1], DTYPES[-1]),
+        (1000, (0, 6), DTYPES[-1], DTYPES[-1]),
+        (1000, (6, 1), "float32", DTYPES[-1]),
+        (1000, (4, 0), "float16", "float32"),
+        (4099, (0, 0), DTYPES[-1], DTYPES[-1]),
+        (4099, (2, 4), "float32", "float16"),
+    ],
+)
+def test_results_larger_than_the_cache(
+    core_path: Any, columns: int, shifts: tuple[int, int], source: str, target: str
+) -> None:
     """Where stores may go past the cache: 16 rows, repeated by a stride of 0 until the call moves more.
 
     The two outputs begin at their own distances from a line of the cache.
     """
     level3 = 194  # glibc's _SC_LEVEL3_CACHE_SIZE, which Python has no name for
     cache = os.sysconf(level3) if platform.libc_ver()[0] == "glibc" else 0
-    repeats = max(cache, 2**25) // (columns * 16 * 16) + 2
-    if repeats * columns * 16 * 4 > 2**30:
+    itemsizes = [np.dtype(dtype).itemsize for dtype in (source, target)]
+    repeats = max(cache, 2**25) // (columns * 16 * (3 * itemsizes[0] + 2 * itemsizes[1])) + 2
+    if 2 * repeats * columns * 16 * itemsizes[1] > 2**30:
         pytest.skip(f"a cache of {cache} bytes is too large to outgrow")
-    rng = seeded("larger than the cache", columns)
-    rows = [random_rows(rng, (16, columns), "float32") for _ in range(3)]
+    rng = seeded("larger than the cache", columns, source, target)
+    rows = [random_rows(rng, (16, columns), source) for _ in range(3)]
     x, residual, post = (np.broadcast_to(a, (repeats, *a.shape)) for a in rows)
-    weight = random_weight(rng, columns, "float32")
+    weight = random_weight(rng, columns, source)
     outputs = []
     for shift in shifts:
-        raw = np.full(repeats * 16 * columns * 2 + 256, POISON, np.uint8)
+        raw = np.full(repeats * 16 * columns * itemsizes[1] + 256, POISON, np.uint8)
         start = 64 + shift + -raw.ctypes.data % 64
-        outputs.append((raw, start, np.ndarray((repeats, 16, columns), np.float16, raw, start)))
+        outputs.append((raw, start, np.ndarray((repeats, 16, columns), target, raw, start)))
     options = {"post_residual_addition": post, "out": outputs[0][2], "residual_out": outputs[1][2]}
     core_path.fused_add_rmsnorm(x, residual, weight, **options)
-    dtypes = {"out_dtype": "float16", "residual_out_dtype": "float16"}
+    dtypes = {"out_dtype": target, "residual_out_dtype": target}
     expected = _reference.fused_add_rmsnorm(rows[0], rows[1], weight, post_residual_addition=rows[2], **dtypes)
     for (raw, start, actual), result in zip(outputs, expected):
         assert_same_bits(actual, np.broadcast_to(result, actual.shape), f"{repeats} x 16 x {columns}")

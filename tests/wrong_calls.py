@@ -147,7 +147,7 @@ row(R, "out", "dtype", TypeError, "type", "array", out=np.float32)
 for name in ("int64", "bool", "uint8", "complex64", "float8_e4m3fn"):
     row(R, "x", f"torch-{name}", TypeError, f"{name}|DLPack", x=partial(make.torch_dtype, name, 4, 8))
 NO_PLAIN_MEMORY = {"sparse_coo": "sparse|storage", "sparse_csr": "sparse|storage", "mkldnn": "mkldnn|storage"}
-NO_PLAIN_MEMORY |= {"meta": "meta", "quantised": "quanti|QInt8", "nested": "[Nn]ested", "zero": "no memory|storage"}
+NO_PLAIN_MEMORY |= {"meta": "meta", "quantised": "qint8", "nested": "[Nn]ested", "zero": "no memory|storage"}
 NO_PLAIN_MEMORY |= {"negative": "negative", "conjugate": "complex|conj", "subclass": "Logged"}
 for kind, seen in NO_PLAIN_MEMORY.items():
     row(R, "x", kind, TypeError, seen, x=getattr(make, kind))

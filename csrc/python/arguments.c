@@ -103,15 +103,6 @@ static PyObject *text_of_dtype(fn_state *state, PyObject *object) {
     if (text && !PyUnicode_Check(text)) Py_CLEAR(text);
     if (text) return text;
     PyErr_Clear();
-    /* A JAX scalar type is an object with a .dtype. */
-    PyObject *inner = PyObject_GetAttrString(object, "dtype");
-    if (inner) {
-        text = PyObject_GetAttr(inner, state->text_name);
-        Py_DECREF(inner);
-        if (text && PyUnicode_Check(text)) return text;
-        Py_XDECREF(text);
-    }
-    PyErr_Clear();
     return PyObject_Str(object);
 }
 

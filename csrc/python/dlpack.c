@@ -109,23 +109,53 @@ const dl_exchange_api *fn_exchange_api_of(fn_state *state, PyTypeObject *type) {
     return api;
 }
 
+/* The first line of what an exception says: torch appends its C++ stack. New reference, never NULL without an exception. */
+static PyObject *first_line_of(PyObject *exception) {
+    PyObject *text = PyObject_Str(exception);
+    const Py_ssize_t length = text ? PyUnicode_GET_LENGTH(text) : 0;
+    const Py_ssize_t end = text ? PyUnicode_FindChar(text, '\n', 0, length, 1) : -1;
+    if (end < 0) return text;
+    Py_SETREF(text, PyUnicode_Substring(text, 0, end));
+    return text;
+}
+
+/* For texts; new reference. */
+static PyObject *attribute_or_none(PyObject *object, const char *name) {
+    PyObject *attribute = PyObject_GetAttrString(object, name);
+    if (attribute) return attribute;
+    PyErr_Clear();
+    return Py_NewRef(Py_None);
+}
+
 /* A producer may fail without an exception, or with one that does not say which argument it is about. */
 static int lend_failed(const char *function, const fn_array *array) {
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    if (!type)
+    PyObject *type, *cause, *traceback;
+    PyErr_Fetch(&type, &cause, &traceback);
+    if (!type) {
         PyErr_Format(PyExc_BufferError, "%s: %s is a %s that did not lend its memory and did not say why", function,
                      array->view.name, fn_type_name(array->object));
-    else if (!PyErr_GivenExceptionMatches(type, PyExc_Exception) ||
-             PyErr_GivenExceptionMatches(type, PyExc_MemoryError)) {
-        PyErr_Restore(type, value, traceback);
         return -1;
-    } else
-        PyErr_Format(PyExc_TypeError, "%s: %s is a %s that cannot lend its memory: %S", function, array->view.name,
-                     fn_type_name(array->object), value ? value : type);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
+    }
+    PyErr_NormalizeException(&type, &cause, &traceback);
+    if (!PyErr_GivenExceptionMatches(type, PyExc_Exception) || PyErr_GivenExceptionMatches(type, PyExc_MemoryError)) {
+        PyErr_Restore(type, cause, traceback);
+        return -1;
+    }
+    PyObject *line = first_line_of(cause), *dtype = attribute_or_none(array->object, "dtype");
+    PyObject *layout = attribute_or_none(array->object, "layout");
+    if (line && dtype && layout)
+        PyErr_Format(PyExc_TypeError, "%s: %s is a %s (dtype %S, layout %S) that cannot lend its memory: %U", function,
+                     array->view.name, fn_type_name(array->object), dtype, layout, line);
+    Py_XDECREF(layout);
+    Py_XDECREF(dtype);
+    Py_XDECREF(line);
+    Py_DECREF(type);
     Py_XDECREF(traceback);
+    PyErr_Fetch(&type, &line, &traceback);
+    PyErr_NormalizeException(&type, &line, &traceback);
+    if (line) PyException_SetCause(line, cause); /* steals cause */
+    else Py_XDECREF(cause);
+    PyErr_Restore(type, line, traceback);
     return -1;
 }
 
@@ -181,8 +211,9 @@ PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dt
 static int capsule_device(fn_state *state, const char *function, fn_array *array) {
     PyObject *pair = PyObject_CallMethodNoArgs(array->object, state->text_dlpack_device);
     if (!pair) {
-        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
-        PyErr_Clear(); /* the capsule will say */
+        /* Absent, or not for this array (a jax array that was deleted): __dlpack__ will say. */
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError) && !PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+        PyErr_Clear();
         return 0;
     }
     int type = 0, id = 0, overflow = 0;
