@@ -106,7 +106,7 @@ def test_endless_recursion_is_an_exception(type_name: str) -> None:
         try:
             fusednorm.rms_norm(x, out=out)
         except (RecursionError, TypeError) as error:
-            assert "recursion" in str(error), error
+            assert "recursion" in str(error), str(error)[-200:]
             print("survived")
         counters = array_makers.stub_module().counters()
         assert counters["outstanding"] == 0, counters

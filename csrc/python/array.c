@@ -125,10 +125,15 @@ int fn_array_import_native(fn_state *state, const char *function, fn_array *arra
 void fn_array_close(fn_array *array) {
     dl_managed_tensor_versioned *versioned = array->versioned;
     dl_managed_tensor *legacy = array->legacy;
+    if (!versioned && !legacy) return;
     array->versioned = NULL;
     array->legacy = NULL;
+    PyObject *type, *value, *traceback; /* a deleter may run Python code, which an exception on its way must survive */
+    PyErr_Fetch(&type, &value, &traceback);
     if (versioned && versioned->deleter) versioned->deleter(versioned);
     if (legacy && legacy->deleter) legacy->deleter(legacy);
+    if (PyErr_Occurred()) PyErr_WriteUnraisable(array->object);
+    PyErr_Restore(type, value, traceback);
 }
 
 /* ---- results -------------------------------------------------------------------------------------------------------- */

@@ -4,7 +4,8 @@
  *   norms.c      the three norm functions: arguments -> arrays -> fn_norm -> results
  *   arguments.c  METH_FASTCALL parsing, scalars, flags, dtypes by any name
  *   array.c      any object -> fn_array: which door it comes through, and how it is given back
- *   dlpack.c     DLPack capsules and the C exchange API, in; fn_buffer, out
+ *   dlpack.c     DLPack in: capsules, and the C exchange API
+ *   buffer.c     DLPack out: memory of ours that a framework takes over
  *   ndarray.c    NumPy by its C API
  *   torch.c      what DLPack does not say of a torch tensor: gradients, negative bit, version counter
  *
@@ -136,6 +137,9 @@ const dl_exchange_api *fn_exchange_api_of(fn_state *state, PyTypeObject *type); 
 int fn_import_capsule(fn_state *state, const char *function, fn_array *array);
 int fn_import_exchange(const char *function, fn_array *array, bool own);
 PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dtype dtype);
+
+/* ---- buffer.c ------------------------------------------------------------------------------------------------------- */
+
 PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype);
 extern PyType_Spec fn_buffer_spec;
 

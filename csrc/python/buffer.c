@@ -1,0 +1,131 @@
+/* buffer.c: memory of a result on its way to a framework, which takes it over by its own from_dlpack. */
+#include "binding.h"
+
+#include <stdlib.h>
+
+enum { BUFFER_ALIGNMENT = 64 }; /* what JAX needs to share memory and not copy it */
+
+typedef struct {
+    PyObject_HEAD void *memory;
+    int32_t ndim;
+    fn_dtype dtype;
+    int64_t shape[FN_MAX_NDIM], strides[FN_MAX_NDIM];
+} fn_buffer;
+
+PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
+    fn_buffer *buffer = PyObject_New(fn_buffer, state->buffer_type);
+    if (!buffer) return NULL;
+    buffer->ndim = like->view.ndim;
+    buffer->dtype = dtype;
+    int64_t elements = 1;
+    for (int32_t i = like->view.ndim - 1; i >= 0; i--) {
+        buffer->shape[i] = like->shape[i];
+        buffer->strides[i] = elements;
+        if (__builtin_mul_overflow(elements, like->shape[i], &elements)) elements = INT64_MAX / 8;
+    }
+    const size_t bytes =
+        ((size_t)elements * (size_t)fn_dtypes[dtype].bytes + BUFFER_ALIGNMENT) & ~(size_t)(BUFFER_ALIGNMENT - 1);
+    buffer->memory = aligned_alloc(BUFFER_ALIGNMENT, bytes);
+    if (!buffer->memory) {
+        Py_DECREF(buffer);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)buffer;
+}
+
+static void buffer_dealloc(PyObject *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    free(((fn_buffer *)self)->memory);
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static void release_owner(void *owner) {
+    const PyGILState_STATE gil = PyGILState_Ensure(); /* a consumer may drop a tensor on any thread */
+    Py_DECREF((PyObject *)owner);
+    PyGILState_Release(gil);
+}
+
+static void delete_versioned(dl_managed_tensor_versioned *managed) {
+    release_owner(managed->context);
+    free(managed);
+}
+
+static void delete_legacy(dl_managed_tensor *managed) {
+    release_owner(managed->context);
+    free(managed);
+}
+
+/* Runs when a capsule dies; one that was consumed has another name. */
+static void drop_versioned(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor_versioned")) return;
+    delete_versioned(PyCapsule_GetPointer(capsule, "dltensor_versioned"));
+}
+
+static void drop_legacy(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;
+    delete_legacy(PyCapsule_GetPointer(capsule, "dltensor"));
+}
+
+static dl_tensor buffer_tensor(fn_buffer *buffer) {
+    return (dl_tensor){
+        .data = buffer->memory,
+        .device = {DL_CPU, 0},
+        .ndim = buffer->ndim,
+        .dtype = {(uint8_t)fn_dtypes[buffer->dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[buffer->dtype].bytes), 1},
+        .shape = buffer->shape,
+        .strides = buffer->strides,
+    };
+}
+
+static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keywords) {
+    static char *names[] = {"stream", "max_version", "dl_device", "copy", NULL};
+    PyObject *stream = NULL, *max_version = NULL, *device = NULL, *copy = NULL; /* borrowed */
+    if (!PyArg_ParseTupleAndKeywords(args, keywords, "|$OOOO:__dlpack__", names, &stream, &max_version, &device, &copy))
+        return NULL;
+    const bool versioned = max_version && PyTuple_Check(max_version) && PyTuple_GET_SIZE(max_version) > 0 &&
+                           PyLong_AsLong(PyTuple_GET_ITEM(max_version, 0)) >= 1;
+    if (PyErr_Occurred()) return NULL;
+    PyObject *capsule;
+    if (versioned) {
+        dl_managed_tensor_versioned *managed = malloc(sizeof *managed);
+        if (!managed) return PyErr_NoMemory();
+        *managed = (dl_managed_tensor_versioned){
+            {1, 0}, Py_NewRef(self), delete_versioned, 0, buffer_tensor((fn_buffer *)self)};
+        capsule = PyCapsule_New(managed, "dltensor_versioned", drop_versioned);
+        if (!capsule) delete_versioned(managed);
+    } else {
+        dl_managed_tensor *managed = malloc(sizeof *managed);
+        if (!managed) return PyErr_NoMemory();
+        *managed = (dl_managed_tensor){buffer_tensor((fn_buffer *)self), Py_NewRef(self), delete_legacy};
+        capsule = PyCapsule_New(managed, "dltensor", drop_legacy);
+        if (!capsule) delete_legacy(managed);
+    }
+    return capsule;
+}
+
+static PyObject *buffer_dlpack_device(PyObject *self, PyObject *unused) {
+    (void)self;
+    (void)unused;
+    return Py_BuildValue("(ii)", DL_CPU, 0);
+}
+
+static PyMethodDef buffer_methods[] = {
+    {"__dlpack__", (PyCFunction)(void (*)(void))buffer_dlpack, METH_VARARGS | METH_KEYWORDS, NULL},
+    {"__dlpack_device__", buffer_dlpack_device, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_doc, "Memory of a result, on its way to a framework's from_dlpack."},
+    {Py_tp_methods, buffer_methods},
+    {Py_tp_dealloc, buffer_dealloc},
+    {0, NULL},
+};
+
+PyType_Spec fn_buffer_spec = {
+    .name = "fusednorm._core._Buffer",
+    .basicsize = sizeof(fn_buffer),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = buffer_slots,
+};
