@@ -205,8 +205,8 @@ def same():
 """
 
 
-# The contract again, from design to numbers by another way than the reference's: exact or float64 results, each rounded
-# by arithmetic, and the sum as one recursion over even and odd positions.
+# The contract again, by another way than the reference's: exact or float64 results, each rounded by arithmetic, and the
+# sum as one recursion over even and odd positions.
 
 
 def rounded(exact: Array, dtype: str) -> Array:

@@ -48,8 +48,8 @@ def build_library(flags: Sequence[str] = (), compiler: str | None = None) -> Pat
 
 
 def build(name: str, flags: Sequence[str] = (), compiler: str | None = None) -> Path:
-    sources = [f"{name}.c", build_library(flags, compiler)]
-    return build_c.build_program(name, sources, [*THREADS, *flags], compiler=compiler)
+    library = build_library(flags, compiler)
+    return build_c.build_program(name, [f"{name}.c", library], [*THREADS, *flags], compiler=compiler)
 
 
 def run(program: Path, *options: str, emulator: Sequence[str] = ()) -> str:

@@ -204,16 +204,16 @@ for a in (x, x[:1].repeat(160, axis=1)[:, ::1], x.reshape(3, -1)):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="aarch64 cores need not trap")
 def test_trapping_callers() -> None:
-    """With feenableexcept (as -ftrapv users and some debuggers set it) an overflow inside a call is no SIGFPE."""
+    """After feenableexcept a caller's own invalid operation is a SIGFPE; what overflows inside a call is none."""
     done = run_python(
         PRELUDE
         + """
 libm = ctypes.CDLL("libm.so.6")
 hostile = np.array([[np.inf, -np.inf, np.nan, 3e38, 1e-45, 0.1, 1, 1]], np.float32).repeat(9, axis=0)
-libm.feenableexcept(0x3d)
+libm.feenableexcept(0x1d) # all but inexact, which Python itself does not survive
 for a in (hostile, x):
     fusednorm.fused_add_rmsnorm(a, a, a[0], 1e-5, inplace=False, out_dtype="float16")
-libm.fedisableexcept(0x3d)
+libm.fedisableexcept(0x1d)
 print("survived")
 """
     )

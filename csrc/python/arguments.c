@@ -57,19 +57,43 @@ int fn_parse(fn_state *state, const fn_signature *signature, PyObject *const *ar
     return 0;
 }
 
-int fn_parse_double(const char *function, const char *name, PyObject *object, double *value) {
+/* A number, not an array of one element: float() of a tensor would drop its gradient and wait for its device. */
+static bool is_array(fn_state *state, PyObject *object) {
+    PyObject *attribute = PyObject_GetAttr((PyObject *)Py_TYPE(object), state->text_dlpack);
+    PyErr_Clear();
+    Py_XDECREF(attribute);
+    return attribute != NULL;
+}
+
+void fn_raise_out_of_range(const char *function, const char *name, PyObject *number, const char *allowed) {
+    PyErr_Clear();
+    PyObject *text = PyObject_Repr(number);
+    if (!text) { /* Python prints no integer of more than some thousand digits */
+        PyErr_Clear();
+        text = PyUnicode_FromString("an integer too long to print");
+    }
+    if (text) PyErr_Format(PyExc_ValueError, "%s: %s is %U: %s", function, name, text, allowed);
+    Py_XDECREF(text);
+}
+
+int fn_parse_double(fn_state *state, const char *function, const char *name, PyObject *object, double *value) {
     if (!object) return 0;
     if (PyFloat_CheckExact(object)) {
         *value = PyFloat_AS_DOUBLE(object);
         return 0;
     }
-    *value = PyFloat_AsDouble(object);
-    if (*value != -1.0 || !PyErr_Occurred()) return 0;
-    if (PyErr_ExceptionMatches(PyExc_TypeError))
-        PyErr_Format(PyExc_TypeError, "%s: %s is %s%s: it must be a real number", function, name, fn_article(object),
-                     fn_type_name(object));
-    else if (PyErr_ExceptionMatches(PyExc_OverflowError))
-        PyErr_Format(PyExc_ValueError, "%s: %s is %R: it must be finite in float32", function, name, object);
+    if (!PyBool_Check(object) && !is_array(state, object)) {
+        *value = PyFloat_AsDouble(object);
+        if (*value != -1.0 || !PyErr_Occurred()) return 0;
+        if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
+            PyErr_Format(PyExc_ValueError, "%s: %s is an integer beyond float64: it must be finite in float32",
+                         function, name);
+            return -1;
+        }
+        if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
+    }
+    PyErr_Format(PyExc_TypeError, "%s: %s is %s%s: it must be a real number", function, name, fn_article(object),
+                 fn_type_name(object));
     return -1;
 }
 
@@ -115,8 +139,9 @@ int fn_parse_dtype(fn_state *state, const char *function, const char *name, PyOb
     int found = fn_dtype_from_descriptor(state, object, dtype);
     if (found == 0) {
         PyObject *text = text_of_dtype(state, object);
-        const char *utf8 = text ? PyUnicode_AsUTF8(text) : NULL;
-        if (utf8) found = dtype_from_text(utf8, dtype);
+        Py_ssize_t length = 0;
+        const char *utf8 = text ? PyUnicode_AsUTF8AndSize(text, &length) : NULL;
+        if (utf8 && (Py_ssize_t)strlen(utf8) == length) found = dtype_from_text(utf8, dtype);
         Py_XDECREF(text);
     }
     if (found == 1) return 0;

@@ -95,6 +95,7 @@ int fn_array_open(fn_state *state, const char *function, const char *name, PyObj
     array->versioned = NULL;
     array->legacy = NULL;
     array->copied = false;
+    array->many = NULL;
     if (fn_is_exact_ndarray(object)) {
         array->through = (fn_door_info){FN_DOOR_NDARRAY, NULL};
         return 0;
@@ -117,14 +118,35 @@ int fn_array_import_foreign(fn_state *state, const char *function, fn_array *arr
 
 int fn_array_import_native(fn_state *state, const char *function, fn_array *array, bool own) {
     if (fn_runs_python(array->through.door)) return 0;
-    if (array->versioned) fn_array_close(array);
+    if (array->versioned || array->many) fn_array_close(array);
     if (array->through.door == FN_DOOR_NDARRAY) return fn_import_ndarray(state, function, array);
     return fn_import_exchange(function, array, own);
+}
+
+int fn_array_reserve(fn_array *array, int32_t ndim) {
+    int64_t *room = array->few;
+    if (ndim > FN_FEW_DIMENSIONS) {
+        room = PyMem_Malloc(sizeof(int64_t) * 2 * (size_t)ndim);
+        if (!room) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        PyMem_Free(array->many);
+        array->many = room;
+    }
+    array->shape = room;
+    array->stride_bytes = room + (ndim > FN_FEW_DIMENSIONS ? ndim : FN_FEW_DIMENSIONS);
+    array->view.shape = array->shape;
+    array->view.stride_bytes = array->stride_bytes;
+    array->view.ndim = ndim;
+    return 0;
 }
 
 void fn_array_close(fn_array *array) {
     dl_managed_tensor_versioned *versioned = array->versioned;
     dl_managed_tensor *legacy = array->legacy;
+    PyMem_Free(array->many);
+    array->many = NULL;
     if (!versioned && !legacy) return;
     array->versioned = NULL;
     array->legacy = NULL;

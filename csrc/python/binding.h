@@ -38,6 +38,9 @@ typedef struct {
     const dl_exchange_api *api; /* TORCH and EXCHANGE */
 } fn_door_info;
 
+/* Nearly all arrays; keeps a call's frame small, since a foreign __dlpack__ may call us again from within. */
+enum { FN_FEW_DIMENSIONS = 6 };
+
 typedef struct {
     fn_tensor view;
     PyObject *object; /* borrowed: the caller's argument */
@@ -45,7 +48,9 @@ typedef struct {
     dl_managed_tensor_versioned *versioned; /* owned, or NULL */
     dl_managed_tensor *legacy;              /* owned, or NULL */
     bool copied;                            /* the producer made a copy: useless as an output */
-    int64_t shape[FN_MAX_NDIM], stride_bytes[FN_MAX_NDIM];
+    int64_t *shape, *stride_bytes;          /* what view points at: in `few`, or in `many` */
+    int64_t few[2 * FN_FEW_DIMENSIONS];
+    int64_t *many; /* owned, or NULL */
 } fn_array;
 
 /* ---- module state --------------------------------------------------------------------------------------------------- */
@@ -100,6 +105,8 @@ int fn_array_import_foreign(fn_state *state, const char *function, fn_array *arr
 /* For the other doors: reaches the memory. `own`: keep it alive while the GIL is released. */
 int fn_array_import_native(fn_state *state, const char *function, fn_array *array, bool own);
 void fn_array_close(fn_array *array);
+/* Makes room for `ndim` sizes and strides, and points the view at it. */
+int fn_array_reserve(fn_array *array, int32_t ndim);
 
 /* An uninitialised C-contiguous array like `like` with another dtype, in its framework; for DLPACK and JAX a fn_buffer
  * that fn_array_deliver turns into the framework's array once it is filled. New reference, or NULL. */
@@ -126,7 +133,9 @@ int fn_signature_ready(fn_state *state, const fn_signature *signature);
 /* values[count]: borrowed, NULL where not given. */
 int fn_parse(fn_state *state, const fn_signature *signature, PyObject *const *args, Py_ssize_t positional,
              PyObject *keywords, PyObject **values);
-int fn_parse_double(const char *function, const char *name, PyObject *object, double *value);
+int fn_parse_double(fn_state *state, const char *function, const char *name, PyObject *object, double *value);
+/* ValueError that shows the number. */
+void fn_raise_out_of_range(const char *function, const char *name, PyObject *number, const char *allowed);
 int fn_parse_flag(const char *function, const char *name, PyObject *object, bool *value);
 /* Any spelling of a dtype: a name, a NumPy dtype or scalar type, a torch or ml_dtypes or JAX dtype. */
 int fn_parse_dtype(fn_state *state, const char *function, const char *name, PyObject *object, fn_dtype *dtype);

@@ -58,6 +58,7 @@ static int take_tensor(const char *function, fn_array *array, const dl_tensor *t
     if (tensor->ndim < 0 || tensor->ndim > FN_MAX_NDIM)
         return refuse_tensor(function, array, "its number of dimensions is not in 0 to 64");
     if (tensor->ndim > 0 && !tensor->shape) return refuse_tensor(function, array, "its shape is NULL");
+    if (fn_array_reserve(array, tensor->ndim) < 0) return -1;
     const int64_t bytes = fn_dtypes[dtype].bytes;
     int64_t compact = bytes;
     for (int32_t i = tensor->ndim - 1; i >= 0; i--) {
@@ -71,9 +72,6 @@ static int take_tensor(const char *function, fn_array *array, const dl_tensor *t
             return refuse_tensor(function, array, "its size does not fit 64 bits");
     }
     view->data = tensor->data ? (char *)tensor->data + tensor->byte_offset : NULL;
-    view->shape = array->shape;
-    view->stride_bytes = array->stride_bytes;
-    view->ndim = tensor->ndim;
     view->dtype = (fn_dtype)dtype;
     view->readonly = readonly;
     return 0;
@@ -106,27 +104,47 @@ const dl_exchange_api *fn_exchange_api_of(fn_state *state, PyTypeObject *type) {
     return api;
 }
 
-/* The first line of what an exception says: torch appends its C++ stack. New reference, never NULL without an exception. */
+/* The first line of what an exception says, since torch appends its C++ stack; its type's name if it cannot be printed. New
+ * reference, or NULL without an exception. */
 static PyObject *first_line_of(PyObject *exception) {
     PyObject *text = PyObject_Str(exception);
     const Py_ssize_t length = text ? PyUnicode_GET_LENGTH(text) : 0;
     const Py_ssize_t end = text ? PyUnicode_FindChar(text, '\n', 0, length, 1) : -1;
-    if (end < 0) return text;
-    Py_SETREF(text, PyUnicode_Substring(text, 0, end));
+    if (end >= 0) Py_SETREF(text, PyUnicode_Substring(text, 0, end));
+    PyErr_Clear();
+    if (!text) text = PyUnicode_FromString(fn_type_name(exception));
+    PyErr_Clear();
     return text;
 }
 
-/* For texts; new reference. */
-static PyObject *attribute_or_none(PyObject *object, const char *name) {
-    PyObject *attribute = PyObject_GetAttrString(object, name);
-    if (attribute) return attribute;
-    PyErr_Clear();
-    return Py_NewRef(Py_None);
+/* Exceptions that are about the program, not about the array, travel unchanged. */
+static bool is_about_the_array(PyObject *type) {
+    return PyErr_GivenExceptionMatches(type, PyExc_Exception) &&
+           !PyErr_GivenExceptionMatches(type, PyExc_MemoryError) &&
+           !PyErr_GivenExceptionMatches(type, PyExc_RecursionError);
+}
+
+/* torch lends no sparse, meta or quantised tensor: say which it was. */
+static void set_lend_error(const char *function, const fn_array *array, PyObject *line) {
+    PyObject *dtype = NULL, *layout = NULL;
+    if (array->through.door == FN_DOOR_TORCH) {
+        dtype = PyObject_GetAttrString(array->object, "dtype");
+        layout = dtype ? PyObject_GetAttrString(array->object, "layout") : NULL;
+        PyErr_Clear();
+    }
+    if (layout)
+        PyErr_Format(PyExc_TypeError, "%s: %s is a %s (dtype %S, layout %S) that cannot lend its memory: %U", function,
+                     array->view.name, fn_type_name(array->object), dtype, layout, line);
+    else
+        PyErr_Format(PyExc_TypeError, "%s: %s is a %s that cannot lend its memory: %U", function, array->view.name,
+                     fn_type_name(array->object), line);
+    Py_XDECREF(dtype);
+    Py_XDECREF(layout);
 }
 
 /* A producer may fail without an exception, or with one that does not say which argument it is about. */
 static int lend_failed(const char *function, const fn_array *array) {
-    PyObject *type, *cause, *traceback;
+    PyObject *type, *cause, *traceback, *error;
     PyErr_Fetch(&type, &cause, &traceback);
     if (!type) {
         PyErr_Format(PyExc_BufferError, "%s: %s is a %s that did not lend its memory and did not say why", function,
@@ -134,25 +152,20 @@ static int lend_failed(const char *function, const fn_array *array) {
         return -1;
     }
     PyErr_NormalizeException(&type, &cause, &traceback);
-    if (!PyErr_GivenExceptionMatches(type, PyExc_Exception) || PyErr_GivenExceptionMatches(type, PyExc_MemoryError)) {
+    PyObject *line = is_about_the_array(type) && cause ? first_line_of(cause) : NULL;
+    if (!line) {
         PyErr_Restore(type, cause, traceback);
         return -1;
     }
-    PyObject *line = first_line_of(cause), *dtype = attribute_or_none(array->object, "dtype");
-    PyObject *layout = attribute_or_none(array->object, "layout");
-    if (line && dtype && layout)
-        PyErr_Format(PyExc_TypeError, "%s: %s is a %s (dtype %S, layout %S) that cannot lend its memory: %U", function,
-                     array->view.name, fn_type_name(array->object), dtype, layout, line);
-    Py_XDECREF(layout);
-    Py_XDECREF(dtype);
-    Py_XDECREF(line);
+    set_lend_error(function, array, line);
+    Py_DECREF(line);
     Py_DECREF(type);
     Py_XDECREF(traceback);
-    PyErr_Fetch(&type, &line, &traceback);
-    PyErr_NormalizeException(&type, &line, &traceback);
-    if (line) PyException_SetCause(line, cause); /* steals cause */
-    else Py_XDECREF(cause);
-    PyErr_Restore(type, line, traceback);
+    PyErr_Fetch(&type, &error, &traceback);
+    PyErr_NormalizeException(&type, &error, &traceback);
+    if (error) PyException_SetCause(error, cause); /* steals cause */
+    else Py_DECREF(cause);
+    PyErr_Restore(type, error, traceback);
     return -1;
 }
 

@@ -57,7 +57,7 @@ static PyObject *py_set_num_threads(PyObject *module, PyObject *number) {
     const long threads = PyLong_AsLongAndOverflow(number, &overflow);
     if (threads == -1 && !overflow && PyErr_Occurred()) return NULL;
     if (overflow || threads < 1 || threads > 65536) {
-        PyErr_Format(PyExc_ValueError, "set_num_threads: n is %R: it must be from 1 to 65536", number);
+        fn_raise_out_of_range("set_num_threads", "n", number, "it must be from 1 to 65536");
         return NULL;
     }
     const fn_status status = fn_set_num_threads((int)threads);
@@ -71,7 +71,7 @@ static PyObject *py_set_num_threads(PyObject *module, PyObject *number) {
 static PyObject *py_force_cpu_path(PyObject *module, PyObject *name) {
     (void)module;
     const char *text = NULL;
-    if (name != Py_None && !(text = PyUnicode_AsUTF8(name))) return NULL;
+    if (name != Py_None && !PyArg_Parse(name, "s:_force_cpu_path", &text)) return NULL; /* refuses a NUL within */
     const fn_status status = fn_cpu_force_path(text);
     if (status != FN_OK) {
         fn_raise(status);

@@ -56,10 +56,8 @@ int fn_import_ndarray(fn_state *state, const char *function, fn_array *array) {
                      function, view->name, (PyObject *)descr);
         return -1;
     }
+    if (fn_array_reserve(array, PyArray_NDIM(ndarray)) < 0) return -1;
     view->data = PyArray_DATA(ndarray);
-    view->ndim = PyArray_NDIM(ndarray);
-    view->shape = array->shape;
-    view->stride_bytes = array->stride_bytes;
     view->device_type = FN_CPU;
     view->device_id = 0;
     view->readonly = !PyArray_ISWRITEABLE(ndarray);

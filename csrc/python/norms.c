@@ -127,31 +127,28 @@ static double elements_of(const fn_tensor *view) {
 /* ---- rms_norm_batch_invariant's own arguments ----------------------------------------------------------------------- */
 
 static int check_normalized_shape(const norm_call *call, const fn_tensor *x) {
-    PyObject *shape = call->normalized_shape; /* borrowed */
-    int64_t size = -1;
-    bool one = true;
-    if (PyIndex_Check(shape)) {
-        size = PyLong_AsLongLong(shape);
-    } else {
-        PyObject *sequence = PySequence_Fast(shape, "");
-        if (sequence && (one = PySequence_Fast_GET_SIZE(sequence) == 1))
-            size = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(sequence, 0));
-        Py_XDECREF(sequence);
+    PyObject *shape = call->normalized_shape, *item = NULL; /* borrowed */
+    int overflow = 0;
+    if (PyTuple_Check(shape)) item = PyTuple_GET_SIZE(shape) == 1 ? PyTuple_GET_ITEM(shape, 0) : NULL;
+    else if (PyList_Check(shape)) item = PyList_GET_SIZE(shape) == 1 ? PyList_GET_ITEM(shape, 0) : NULL;
+    else item = shape;
+    if (item && (PyBool_Check(item) || !PyIndex_Check(item))) {
+        PyErr_Format(PyExc_TypeError, "%s: normalized_shape is %R: it must be an integer, or a list or tuple of one",
+                     call->args.function, shape);
+        return -1;
     }
-    if (PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError))
-            PyErr_Format(PyExc_TypeError, "%s: normalized_shape is %R: it must be an integer or a sequence of integers",
-                         call->args.function, shape);
-        else if (PyErr_ExceptionMatches(PyExc_OverflowError)) PyErr_Clear();
-        else return -1;
-        if (PyErr_Occurred()) return -1;
-    }
-    if (one && x->ndim >= 1 && size == x->shape[x->ndim - 1]) return 0;
+    Py_XINCREF(item); /* __index__ may empty the list */
+    PyObject *number = item ? PyNumber_Index(item) : NULL;
+    Py_XDECREF(item);
+    if (item && !number) return -1;
+    const long long size = number ? PyLong_AsLongLongAndOverflow(number, &overflow) : -1;
+    Py_XDECREF(number);
+    if (x->ndim < 1 || (number && !overflow && size == x->shape[x->ndim - 1])) return 0;
     PyErr_Format(
         PyExc_ValueError,
         "%s: normalized_shape is %R, but input's last dimension is %lld: only the last dimension, alone, can be "
         "normalised",
-        call->args.function, shape, x->ndim >= 1 ? (long long)x->shape[x->ndim - 1] : -1LL);
+        call->args.function, shape, (long long)x->shape[x->ndim - 1]);
     return -1;
 }
 
@@ -252,8 +249,8 @@ PyObject *fn_py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nar
         .out_dtype = unless_none(value[N_OUT_DTYPE]),
         .stream = unless_none(value[N_STREAM])};
     call.allocate[OUT] = !call.given[OUT];
-    if (fn_parse_double(signature->function, "eps", value[N_EPS], &call.args.eps) < 0 ||
-        fn_parse_double(signature->function, "weight_offset", value[N_OFFSET], &call.args.weight_offset) < 0 ||
+    if (fn_parse_double(state, signature->function, "eps", value[N_EPS], &call.args.eps) < 0 ||
+        fn_parse_double(state, signature->function, "weight_offset", value[N_OFFSET], &call.args.weight_offset) < 0 ||
         fn_parse_flag(signature->function, "cast_x_before_out_mul", value[N_CAST], &call.args.cast_x_before_out_mul) <
             0 ||
         norm(&call, results) < 0)
@@ -327,8 +324,8 @@ PyObject *fn_py_fused_add_rmsnorm(PyObject *module, PyObject *const *args, Py_ss
                       .out_dtype = unless_none(value[A_OUT_DTYPE]),
                       .stream = unless_none(value[A_STREAM])};
     bool inplace = true;
-    if (fn_parse_double(signature->function, "eps", value[A_EPS], &call.args.eps) < 0 ||
-        fn_parse_double(signature->function, "weight_offset", value[A_OFFSET], &call.args.weight_offset) < 0 ||
+    if (fn_parse_double(state, signature->function, "eps", value[A_EPS], &call.args.eps) < 0 ||
+        fn_parse_double(state, signature->function, "weight_offset", value[A_OFFSET], &call.args.weight_offset) < 0 ||
         fn_parse_flag(signature->function, "cast_x_before_out_mul", value[A_CAST], &call.args.cast_x_before_out_mul) <
             0 ||
         parse_round_sum(signature->function, value[A_ROUND], &call.args.round_sum) < 0 ||
@@ -375,6 +372,7 @@ PyObject *fn_py_rms_norm_batch_invariant(PyObject *module, PyObject *const *args
         .normalized_shape = value[B_SHAPE],
         .eps_of_dtype = !eps};
     call.allocate[OUT] = !call.given[OUT];
-    if (fn_parse_double(signature->function, "eps", eps, &call.args.eps) < 0 || norm(&call, results) < 0) return NULL;
+    if (fn_parse_double(state, signature->function, "eps", eps, &call.args.eps) < 0 || norm(&call, results) < 0)
+        return NULL;
     return results[OUT];
 }

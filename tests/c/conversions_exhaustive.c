@@ -13,28 +13,32 @@
 #define LONGEST_TAIL 130
 
 static const exact_format *const formats[] = {&exact_fp16, &exact_bf16};
-static const fn_norm_kernels *paths[FN_PATH_COUNT];
-static int path_count;
 
-/* Each path converts in its natural order, and bfloat16 in the paired order too. */
-static int ways(const exact_format *format) { return format->dtype == FN_BFLOAT16 ? 2 * path_count : path_count; }
+/* Each path's conversions in the natural order, then those of bfloat16 in the paired order; the scalar path has one. */
+static struct {
+    const fn_norm_kernels *path;
+    bool paired;
+} ways[2 * FN_PATH_COUNT];
+static int natural_ways, all_ways;
+
+static int way_count(const exact_format *format) { return format->dtype == FN_BFLOAT16 ? all_ways : natural_ways; }
 
 /* Narrows `count` floats on every path and compares with what is expected; a place is an fp32 encoding. */
 static void check_narrow(const exact_format *format, const float *source, const uint16_t *expected, int64_t count,
                          check_first *first) {
     uint16_t target[BLOCK];
-    for (int way = 0; way < ways(format); way++) {
-        const fn_norm_kernels *const path = paths[way % path_count];
+    for (int way = 0; way < way_count(format); way++) {
+        const fn_norm_kernels *const path = ways[way].path;
         memset(target, 0x5a, sizeof target);
-        path->narrow(source, format->dtype, target, count, way >= path_count);
+        path->narrow(source, format->dtype, target, count, ways[way].paired);
         if (memcmp(target, expected, (size_t)count * sizeof *target) == 0) continue;
         for (int64_t i = 0; i < count; i++) {
             const uint32_t bits = bits_of(source[i]);
             const bool is_nan = (bits & FP32_MAGNITUDE) > FP32_INFINITY;
             if (is_nan ? exact_is_nan16(format, target[i]) : target[i] == expected[i]) continue;
-            CHECK_KEEP(first, (int64_t)bits, "%s: %s of %a, 0x%08x, gave 0x%04x, not 0x%04x%s", path->name,
-                       fn_dtypes[format->dtype].name, (double)source[i], bits, target[i], expected[i],
-                       is_nan ? " or another NaN" : "");
+            CHECK_KEEP(first, (int64_t)bits, "%s%s: %s of %a, 0x%08x, gave 0x%04x, not 0x%04x%s", path->name,
+                       ways[way].paired ? ", paired" : "", fn_dtypes[format->dtype].name, (double)source[i], bits,
+                       target[i], expected[i], is_nan ? " or another NaN" : "");
             break;
         }
     }
@@ -119,10 +123,10 @@ static int64_t widen_everything(void) {
     static float target[0x10000];
     for (uint32_t encoding = 0; encoding < 0x10000; encoding++) source[encoding] = (uint16_t)encoding;
     for (int f = 0; f < 2; f++) {
-        for (int way = 0; way < ways(formats[f]); way++) {
-            const fn_norm_kernels *const path = paths[way % path_count];
+        for (int way = 0; way < way_count(formats[f]); way++) {
+            const fn_norm_kernels *const path = ways[way].path;
             memset(target, 0x5a, sizeof target);
-            path->widen(source, formats[f]->dtype, target, 0x10000, way >= path_count);
+            path->widen(source, formats[f]->dtype, target, 0x10000, ways[way].paired);
             for (uint32_t encoding = 0; encoding < 0x10000; encoding++)
                 require_same_float(path->name, formats[f], encoding, target[encoding]);
         }
@@ -131,13 +135,12 @@ static int64_t widen_everything(void) {
 }
 
 /* One length at one address: what is converted, and that the bytes around the target stay. */
-static void check_tail(const fn_norm_kernels *path, const exact_format *format, int64_t count, int offset,
-                       uint64_t *random) {
+static void check_tail(int way, const exact_format *format, int64_t count, int offset, uint64_t *random) {
+    const fn_norm_kernels *const path = ways[way].path;
+    const bool paired = ways[way].paired;
     unsigned char narrow_memory[2 * LONGEST_TAIL + 32];
     float wide_memory[LONGEST_TAIL + 16], wide[LONGEST_TAIL];
     uint16_t narrow[LONGEST_TAIL];
-
-    const bool paired = format->dtype == FN_BFLOAT16 && (random64(random) & 1);
 
     /* Half of the floats lie in the 16-bit range, the others are any encoding. */
     for (int i = 0; i < LONGEST_TAIL; i++) {
@@ -173,11 +176,11 @@ static void check_tail(const fn_norm_kernels *path, const exact_format *format, 
 
 static int64_t check_tails(uint64_t *random) {
     int64_t checked = 0;
-    for (int p = 0; p < path_count; p++) {
-        for (int64_t count = 0; count <= LONGEST_TAIL; count++) {
-            for (int offset = 0; offset < 4; offset++) {
-                for (int f = 0; f < 2; f++) check_tail(paths[p], formats[f], count, offset, random);
-                checked += 2;
+    for (int f = 0; f < 2; f++) {
+        for (int way = 0; way < way_count(formats[f]); way++) {
+            for (int64_t count = 0; count <= LONGEST_TAIL; count++) {
+                for (int offset = 0; offset < 4; offset++) check_tail(way, formats[f], count, offset, random);
+                checked += 4;
             }
         }
     }
@@ -195,8 +198,14 @@ int main(int argc, char **argv) {
     printf("conversions: paths");
     for (int path = 0; path < FN_PATH_COUNT; path++) {
         if (!fn_path_is_available((fn_path)path)) continue;
-        paths[path_count++] = fn_norm_paths[path];
+        ways[natural_ways++].path = fn_norm_paths[path];
         printf(" %s", fn_norm_paths[path]->name);
+    }
+    all_ways = natural_ways;
+    for (int way = 0; way < natural_ways; way++) {
+        if (ways[way].path == &fn_norm_scalar) continue;
+        ways[all_ways].path = ways[way].path;
+        ways[all_ways++].paired = true;
     }
     printf(", %d threads, seed %llu\n", options.threads, (unsigned long long)options.seed);
 

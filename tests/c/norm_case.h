@@ -256,6 +256,11 @@ static inline void choose_dtypes(norm_case *c, int64_t n) {
     c->dtype[POST] = (fn_dtype)(n % 4 % 3);
 }
 
+/* Every array of one dtype: the common call, for which a path may have code of its own. */
+static inline void choose_one_dtype(norm_case *c, fn_dtype dtype) {
+    for (int role = 0; role < ROLES; role++) c->dtype[role] = dtype;
+}
+
 static inline void choose_options(norm_case *c, uint64_t *random) {
     static const double epsilons[] = {1e-6, 1e-6, 1e-5, 0.0, 1.0, 1e-40, 0.1};
     static const double offsets[] = {0.0, 0.0, 1.0, -0.0, 0.1, 1e-60};

@@ -142,12 +142,14 @@ static void every_row_length(bool sample, uint64_t *random) {
     for (int64_t n = 1; n < shorter + (int64_t)(sizeof longer / sizeof *longer); n++) {
         const int64_t columns = n < shorter ? n : longer[n - shorter];
         if (sample && columns > 30000) continue;
-        for (int k = 0; k < 6; k++) {
+        for (int k = 0; k < 8; k++) {
             norm_case c = {0};
-            choose_dtypes(&c, k < 2 ? random_below(random, 36) : 36 + random_below(random, DTYPE_COMBINATIONS - 36));
+            choose_dtypes(&c, k < 3 ? random_below(random, 36) : 36 + random_below(random, DTYPE_COMBINATIONS - 36));
+            if (k < 6) choose_one_dtype(&c, (fn_dtype)(k % 3));
             choose_options(&c, random);
             c.columns = columns;
-            c.plain = k % 2 == 0;
+            const bool any_layout = random_below(random, 4) == 0;
+            c.plain = !any_layout;
             if (columns > 4096) c.leading[0] = c.leading[1] = 1;
             build_case(&c, random);
             expect_case(&c);
@@ -168,11 +170,14 @@ static void kernels_in_parts(int repeats, uint64_t *random) {
     for (int n = 0; n < repeats; n++) {
         norm_case c = {0};
         choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
+        const int64_t dtype = random_below(random, 2 * FN_DTYPE_COUNT);
+        if (dtype < FN_DTYPE_COUNT) choose_one_dtype(&c, (fn_dtype)dtype);
         choose_options(&c, random);
         c.columns = 1 + random_below(random, LONGEST);
         c.plain = n % 4 != 0;
         build_case(&c, random);
         expect_case(&c);
+        const int hints = (int)random_below(random, (FN_STREAM | FN_PREFETCH) + 1);
         const int64_t quanta = c.columns / FN_COLUMN_QUANTUM + 1;
         const int64_t shared_at = random_below(random, quanta) * FN_COLUMN_QUANTUM;
         const int64_t finished_at = random_below(random, c.columns);
@@ -183,7 +188,7 @@ static void kernels_in_parts(int repeats, uint64_t *random) {
             require_ok(fn_norm_check(&c.args, &plan));
             calls++;
             if (n % 2 == 0) {
-                kernels->rows(&plan, 0, plan.rows, true, sums);
+                kernels->rows(&plan, 0, plan.rows, hints, sums);
             } else {
                 for (int64_t number = 0; number < plan.rows; number++) {
                     fn_walk walk;
@@ -191,8 +196,8 @@ static void kernels_in_parts(int repeats, uint64_t *random) {
                     kernels->sum_groups(&plan, &walk.row, shared_at, c.columns, sums);
                     kernels->sum_groups(&plan, &walk.row, 0, shared_at, sums);
                     const float r = fn_norm_scale(kernels->fold(sums, c.columns), &plan);
-                    kernels->finish(&plan, &walk.row, finished_at, c.columns, r, n % 3 == 0);
-                    kernels->finish(&plan, &walk.row, 0, finished_at, r, n % 3 == 0);
+                    kernels->finish(&plan, &walk.row, finished_at, c.columns, r, hints);
+                    kernels->finish(&plan, &walk.row, 0, finished_at, r, hints);
                 }
             }
             compare_case(&c, kernels->name);
