@@ -86,8 +86,7 @@ int fn_parse_double(fn_state *state, const char *function, const char *name, PyO
         *value = PyFloat_AsDouble(object);
         if (*value != -1.0 || !PyErr_Occurred()) return 0;
         if (PyErr_ExceptionMatches(PyExc_OverflowError)) {
-            PyErr_Format(PyExc_ValueError, "%s: %s is an integer beyond float64: it must be finite in float32",
-                         function, name);
+            fn_raise_out_of_range(function, name, object, "it must be finite in float32");
             return -1;
         }
         if (!PyErr_ExceptionMatches(PyExc_TypeError)) return -1;
