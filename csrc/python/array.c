@@ -10,7 +10,11 @@ int fn_raise(fn_status status) {
         [FN_ERROR_RUNTIME] = PyExc_RuntimeError,
         [FN_ERROR_MEMORY] = PyExc_MemoryError,
     };
-    PyErr_SetString(exceptions[status], fn_error_text());
+    /* An environment variable in a text may be in any encoding. */
+    const char *text = fn_error_text();
+    PyObject *message = PyUnicode_DecodeUTF8(text, (Py_ssize_t)strlen(text), "backslashreplace");
+    if (message) PyErr_SetObject(exceptions[status], message);
+    Py_XDECREF(message);
     return -1;
 }
 
