@@ -20,6 +20,9 @@ from fusednorm import _core, _reference
 
 Array = np.ndarray[Any, Any]
 
+# These tests make their JAX arrays in CPU memory, also where there is a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 hypothesis.settings.register_profile(
     "fusednorm",
     deadline=None,

@@ -38,19 +38,21 @@ int main(int argc, char **argv) {
         check_parse(argc, argv, "a digest of the results of a fixed set of calls, for each path");
     static const int64_t lengths[] = {1,   2,   7,   8,   9,   15,  63,  64,   65,   100,  111,  127,
                                       128, 129, 255, 256, 257, 511, 768, 1000, 1024, 2880, 3584, 4095};
-    enum { LENGTHS = sizeof lengths / sizeof *lengths };
+    enum { LENGTHS = sizeof lengths / sizeof *lengths, ONE_DTYPE = 20 * LENGTHS };
     uint64_t digest[FN_PATH_COUNT], random = hash64(options.seed);
     int64_t elements = 0;
     exact_prepare();
     prepare_arenas();
     for (int path = 0; path < FN_PATH_COUNT; path++) digest[path] = UINT64_C(0xcbf29ce484222325);
 
-    for (int64_t n = 0; n < DTYPE_COMBINATIONS; n++) {
+    for (int64_t n = 0; n < DTYPE_COMBINATIONS + ONE_DTYPE; n++) {
         if (options.sample && n % 5 != 0) continue;
         norm_case c = {0};
-        choose_dtypes(&c, n);
+        choose_dtypes(&c, n % DTYPE_COMBINATIONS);
         choose_options(&c, &random);
         c.columns = lengths[n % LENGTHS];
+        c.plain = n >= DTYPE_COMBINATIONS;
+        if (c.plain) choose_one_dtype(&c, (fn_dtype)(n / LENGTHS % FN_DTYPE_COUNT));
         if (c.columns > 1000) c.leading[0] = 1;
         build_case(&c, &random);
         for (int path = 0; path < FN_PATH_COUNT; path++) {

@@ -142,11 +142,14 @@ static void check_tail(int way, const exact_format *format, int64_t count, int o
     float wide_memory[LONGEST_TAIL + 16], wide[LONGEST_TAIL];
     uint16_t narrow[LONGEST_TAIL];
 
-    /* Half of the floats lie in the 16-bit range, the others are any encoding. */
+    /* Half of the floats lie in the 16-bit range, the others are any encoding, and a few are NaNs beside numbers: those that
+     * a carry makes an infinity or a zero. */
+    static const uint32_t nans[] = {0x7f800001, 0x7fffffff, 0xff800001, 0xffffffff};
     for (int i = 0; i < LONGEST_TAIL; i++) {
         const uint64_t word = random64(random);
         wide[i] = word & 1 ? float_of((uint32_t)(word >> 32)) : format->number[word >> 48];
         if (word & 2) wide[i] *= 1.0f + (float)(word >> 4 & 0xfff) * 0x1p-12f;
+        if ((word >> 16 & 31) == 0) wide[i] = float_of(nans[word >> 21 & 3]);
     }
     memset(narrow_memory, 0x5a, sizeof narrow_memory);
     path->narrow(wide, format->dtype, narrow_memory + offset, count, paired);

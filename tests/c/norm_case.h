@@ -42,6 +42,7 @@ typedef struct {
     fn_round_sum round_sum;
     norm_array arrays[ROLES];
     fn_norm_args args;
+    float *totals; /* the sum of squares of each row, as it must be: a 16-bit result hides most differences in it */
 } norm_case;
 
 static unsigned char *arenas[ROLES];
@@ -186,6 +187,8 @@ static void fill(norm_case *c, int role, uint64_t *random) {
 static inline void build_case(norm_case *c, uint64_t *random) {
     if (c->out_in_place) c->dtype[OUT] = c->dtype[X];
     if (c->residual_in_place) c->dtype[RESIDUAL_OUT] = c->dtype[RESIDUAL];
+    c->totals = malloc((size_t)row_count(c) * sizeof *c->totals);
+    if (!c->totals) CHECK_FAIL("out of memory");
     const fn_tensor *tensors[ROLES] = {NULL};
     for (int role = 0; role < ROLES; role++) {
         if (!c->used[role]) continue;
@@ -222,6 +225,7 @@ static inline void build_case(norm_case *c, uint64_t *random) {
 }
 
 static inline void free_case(norm_case *c) {
+    free(c->totals);
     for (int role = 0; role < ROLES; role++) {
         if (!c->used[role] || c->arrays[role].home != role) continue;
         free(c->arrays[role].before);

@@ -195,7 +195,12 @@ static void kernels_in_parts(int repeats, uint64_t *random) {
                     fn_walk_to(&plan, number, &walk);
                     kernels->sum_groups(&plan, &walk.row, shared_at, c.columns, sums);
                     kernels->sum_groups(&plan, &walk.row, 0, shared_at, sums);
-                    const float r = fn_norm_scale(kernels->fold(sums, c.columns), &plan);
+                    const float total = kernels->fold(sums, c.columns);
+                    if (bits_of(total) != bits_of(c.totals[number]) && !(isnan(total) && isnan(c.totals[number])))
+                        CHECK_FAIL("%s: the squares of row %lld add up to %a, not %a; seed %llu, call %lld",
+                                   kernels->name, (long long)number, (double)total, (double)c.totals[number],
+                                   (unsigned long long)seed, (long long)calls);
+                    const float r = fn_norm_scale(total, &plan);
                     kernels->finish(&plan, &walk.row, finished_at, c.columns, r, hints);
                     kernels->finish(&plan, &walk.row, 0, finished_at, r, hints);
                 }

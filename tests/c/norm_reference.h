@@ -49,7 +49,7 @@ static void write_at(const norm_case *c, int role, int64_t row, int64_t column, 
     store_element(first + column * array->stride_bytes[array->tensor.ndim - 1], c->dtype[role], number);
 }
 
-/* Writes what the call must leave behind into the `after` of each array. */
+/* Writes what the call must leave behind into the `after` of each array, and the totals. */
 static inline void expect_case(norm_case *c) {
     float *const s = malloc((size_t)c->columns * sizeof *s);
     if (!s) CHECK_FAIL("out of memory");
@@ -61,7 +61,8 @@ static inline void expect_case(norm_case *c) {
             if (c->used[RESIDUAL]) write_at(c, RESIDUAL_OUT, row, i, s[i]);
             if (c->round_sum == FN_SUM_ROUNDED) s[i] = round_to_dtype(s[i], c->dtype[RESIDUAL_OUT]);
         }
-        const float mean = sum_of_squares(s, c->columns) / (float)c->columns;
+        c->totals[row] = sum_of_squares(s, c->columns);
+        const float mean = c->totals[row] / (float)c->columns;
         const float v = mean + (float)c->eps;
         const float r = (float)(1.0 / sqrt((double)v));
         for (int64_t i = 0; i < c->columns; i++) {
