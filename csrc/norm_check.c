@@ -31,6 +31,8 @@ static bool same_shape(const fn_tensor *a, const fn_tensor *b) {
 
 static fn_status check_shapes(const char *function, const fn_tensor *const operand[FN_OPERANDS], int64_t *rows) {
     const fn_tensor *x = operand[FN_X];
+    FN_REQUIRE(x->ndim <= FN_MAX_NDIM, FN_ERROR_VALUE, "%s: %s has %d dimensions: at most %d are supported", function,
+               x->name, x->ndim, FN_MAX_NDIM);
     FN_REQUIRE(x->ndim >= 1, FN_ERROR_VALUE,
                "%s: %s has no dimensions: it must have at least 1, its last is normalised", function, x->name);
     const int64_t columns = x->shape[x->ndim - 1];
@@ -168,6 +170,8 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
     FN_REQUIRE(args->x && args->out && !args->residual == !args->residual_out &&
                    (args->residual || !args->post_residual_addition),
                FN_ERROR_VALUE, "%s: x and out must be given, residual and residual_out together", function);
+    FN_REQUIRE((unsigned)args->round_sum <= FN_SUM_ROUNDED_AFTER_VARIANCE, FN_ERROR_VALUE,
+               "%s: round_sum is number %d: it must be one of fn_round_sum", function, (int)args->round_sum);
     plan->eps = (float)args->eps;
     plan->weight_offset = (float)args->weight_offset;
     FN_REQUIRE(args->eps >= 0 && isfinite(plan->eps), FN_ERROR_VALUE,
@@ -195,6 +199,8 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
             plan->operand[i] = (fn_operand){NULL, 0, FN_FLOAT32};
             continue;
         }
+        FN_REQUIRE((unsigned)a->dtype < FN_DTYPE_COUNT, FN_ERROR_TYPE,
+                   "%s: %s has dtype number %d: it must be one of fn_dtype", function, a->name, (int)a->dtype);
         FN_REQUIRE(a->data, FN_ERROR_TYPE, "%s: %s has shape %s but no memory behind it", function, a->name,
                    shape_of(a).text);
         const int64_t bytes = fn_dtypes[a->dtype].bytes;
