@@ -119,7 +119,8 @@ def test_dlpack_producers(core_path: Any, dtype: str, legacy: bool) -> None:
     results = core_path.fused_add_rmsnorm(*producers, out=out, residual_out=residual_out)
     assert results[0] is out
     assert results[1] is residual_out
-    assert [p.calls for p in producers] == [2 if legacy else 1] * 3
+    takes_max_version = dtype == "bfloat16" or tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
+    assert [p.calls for p in producers] == [1 if takes_max_version and not legacy else 2] * 3
     for actual, expected in zip(results, _reference.fused_add_rmsnorm(x, residual, weight)):
         assert_same_bits(actual, expected, "into ndarrays")
     results = core_path.fused_add_rmsnorm(*producers)
