@@ -51,7 +51,7 @@ def commit() -> str:
         name = git("rev-parse", "--short=12", "HEAD").strip()
         changed = git("status", "--porcelain", "--", *MEASURED).strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown (no git checkout)"
+        return os.environ.get("FUSEDNORM_COMMIT", "unknown (no git checkout)")  # a copy of a checkout may name it
     return f"{name}, with uncommitted changes" if changed else name
 
 
