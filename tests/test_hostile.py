@@ -31,6 +31,7 @@ def producer() -> Iterator[Any]:
     module = make.stub_module()
     module.reset()
     yield module
+    module.set_failures(0, 0)
     if module.counters()["outstanding"] or module.counters()["capsules"]:
         gc.collect()
     counters = module.counters()

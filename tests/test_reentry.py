@@ -29,6 +29,7 @@ def producer() -> Iterator[Any]:
     module = make.stub_module()
     module.reset()
     yield module
+    module.set_failures(0, 0)
     gc.collect()
     counters = module.counters()
     assert counters["outstanding"] == 0, counters

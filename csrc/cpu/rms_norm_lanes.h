@@ -8,7 +8,8 @@
  *   set1, add, mul                   arithmetic, a lane at a time
  *   load_f32, load_f16, load_bf16    LANES elements from any address, widened
  *   store_f32, store_f16, store_bf16 LANES elements to any address, narrowed
- *   stream_f32, stream_f16, stream_bf16   the same past the cache, to an address that is a multiple of LANES elements
+ *   round_f16, round_bf16            a vector narrowed and widened again
+ *   stream_f32, stream_f16, stream_bf16   as store_, past the cache, to an address that is a multiple of LANES elements
  *   load2_bf16, store2_bf16, stream2_bf16   2 * LANES elements as two vectors in the paired order
  *   fold8, fold8_paired              from 8 vectors of neighbours (8 * LANES columns): LANES group sums, in order
  *   fold_lanes                       the lanes of one vector folded by halves
@@ -153,8 +154,10 @@ static void copy_elements(char *to, int64_t to_stride, const char *from, int64_t
     if (to_stride == bytes && from_stride == bytes) memcpy(to, from, (size_t)(count * bytes));
     else if (bytes == 4)
         for (int64_t i = 0; i < count; i++) memcpy(to + i * to_stride, from + i * from_stride, 4);
-    else
+    else if (bytes == 2)
         for (int64_t i = 0; i < count; i++) memcpy(to + i * to_stride, from + i * from_stride, 2);
+    else
+        for (int64_t i = 0; i < count; i++) memcpy(to + i * to_stride, from + i * from_stride, (size_t)bytes);
 }
 
 /* Copies `count` <= LANES columns of the inputs, and +0 behind them. */

@@ -79,6 +79,9 @@ typedef struct {
     X(text_current_level, "_current_level")                                                                            \
     X(text_tangent, "tangent")
 
+/* Functions that take keywords; fn_signatures has a row for each. */
+enum { FN_SIGNATURE_RMS_NORM, FN_SIGNATURE_FUSED_ADD_RMSNORM, FN_SIGNATURE_RMS_NORM_BATCH_INVARIANT, FN_SIGNATURES };
+
 typedef struct {
     PyTypeObject *memmap, *buffer_type;
     PyTypeObject *bfloat16; /* ml_dtypes' scalar type once it has been seen */
@@ -88,7 +91,7 @@ typedef struct {
         fn_door_info info;
     } doors[FN_DOOR_CACHE];
     PyObject *max_version_keywords, *max_version; /* ("max_version",) and (1, 3) */
-    PyObject **parameter_names[4];                /* per function, interned; see arguments.c */
+    PyObject **parameter_names[FN_SIGNATURES];    /* per function, interned; see arguments.c */
 #define FN_STATE_MEMBER(member, text) PyObject *member;
     FN_STATE_OBJECTS(FN_STATE_MEMBER)
 #undef FN_STATE_MEMBER
@@ -175,7 +178,7 @@ int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count);
 
 /* ---- norms.c -------------------------------------------------------------------------------------------------------- */
 
-extern const fn_signature fn_rms_norm_signature, fn_fused_add_rmsnorm_signature, fn_rms_norm_batch_invariant_signature;
+extern const fn_signature *const fn_signatures[FN_SIGNATURES];
 PyObject *fn_py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *fn_py_fused_add_rmsnorm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *fn_py_rms_norm_batch_invariant(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);

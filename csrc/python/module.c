@@ -96,15 +96,13 @@ static PyMethodDef methods[] = {
 /* ---- state -------------------------------------------------------------------------------------------------------------- */
 
 static int module_exec(PyObject *module) {
-    static const fn_signature *const signatures[] = {&fn_rms_norm_signature, &fn_fused_add_rmsnorm_signature,
-                                                     &fn_rms_norm_batch_invariant_signature};
     fn_state *state = fn_state_of(module);
 #define FN_STATE_INTERN(member, text)                                                                                  \
     if (!(state->member = PyUnicode_InternFromString(text))) return -1;
     FN_STATE_OBJECTS(FN_STATE_INTERN)
 #undef FN_STATE_INTERN
-    for (size_t i = 0; i < sizeof signatures / sizeof signatures[0]; i++)
-        if (fn_signature_ready(state, signatures[i]) < 0) return -1;
+    for (int i = 0; i < FN_SIGNATURES; i++)
+        if (fn_signature_ready(state, fn_signatures[i]) < 0) return -1;
     state->max_version = Py_BuildValue("(ii)", 1, 3);
     state->max_version_keywords = Py_BuildValue("(s)", "max_version");
     state->buffer_type = (PyTypeObject *)PyType_FromSpec(&fn_buffer_spec);
@@ -157,12 +155,10 @@ static int module_clear(PyObject *module) {
 }
 
 static void module_free(void *module) {
-    static const fn_signature *const signatures[] = {&fn_rms_norm_signature, &fn_fused_add_rmsnorm_signature,
-                                                     &fn_rms_norm_batch_invariant_signature};
     fn_state *state = fn_state_of(module);
-    for (size_t i = 0; i < sizeof signatures / sizeof signatures[0]; i++) {
-        PyObject **names = state->parameter_names[signatures[i]->number];
-        for (int k = 0; names && k < signatures[i]->count; k++) Py_XDECREF(names[k]);
+    for (int i = 0; i < FN_SIGNATURES; i++) {
+        PyObject **names = state->parameter_names[fn_signatures[i]->number];
+        for (int k = 0; names && k < fn_signatures[i]->count; k++) Py_XDECREF(names[k]);
         PyMem_Free(names);
     }
     module_clear(module);

@@ -234,12 +234,12 @@ static PyObject *unless_none(PyObject *object) { return object == Py_None ? NULL
 enum { N_X, N_WEIGHT, N_EPS, N_OFFSET, N_CAST, N_OUT, N_OUT_DTYPE, N_STREAM, N_COUNT };
 static const char *const rms_norm_names[] = {"x",   "weight",    "eps",   "weight_offset", "cast_x_before_out_mul",
                                              "out", "out_dtype", "stream"};
-const fn_signature fn_rms_norm_signature = {"rms_norm", rms_norm_names, N_COUNT, 3, 1, 0};
+static const fn_signature rms_norm_signature = {"rms_norm", rms_norm_names, N_COUNT, 3, 1, FN_SIGNATURE_RMS_NORM};
 
 PyObject *fn_py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords) {
     PyObject *value[N_COUNT], *results[OPERANDS]; /* borrowed; owned */
     fn_state *state = fn_state_of(module);
-    const fn_signature *signature = &fn_rms_norm_signature;
+    const fn_signature *signature = &rms_norm_signature;
     if (fn_parse(state, signature, args, nargs, keywords, value) < 0) return NULL;
     norm_call call = {
         .state = state,
@@ -289,7 +289,8 @@ static const char *const fused_add_names[] = {"x",
                                               "out_dtype",
                                               "inplace",
                                               "stream"};
-const fn_signature fn_fused_add_rmsnorm_signature = {"fused_add_rmsnorm", fused_add_names, A_COUNT, 4, 2, 1};
+static const fn_signature fused_add_rmsnorm_signature = {"fused_add_rmsnorm",           fused_add_names, A_COUNT, 4, 2,
+                                                         FN_SIGNATURE_FUSED_ADD_RMSNORM};
 
 static int parse_round_sum(const char *function, PyObject *object, fn_round_sum *round_sum) {
     *round_sum = FN_SUM_FP32;
@@ -310,7 +311,7 @@ static int parse_round_sum(const char *function, PyObject *object, fn_round_sum 
 PyObject *fn_py_fused_add_rmsnorm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords) {
     PyObject *value[A_COUNT], *results[OPERANDS]; /* borrowed; owned */
     fn_state *state = fn_state_of(module);
-    const fn_signature *signature = &fn_fused_add_rmsnorm_signature;
+    const fn_signature *signature = &fused_add_rmsnorm_signature;
     if (fn_parse(state, signature, args, nargs, keywords, value) < 0) return NULL;
     norm_call call = {.state = state,
                       .args = {.function = signature->function, .eps = 1e-6},
@@ -353,14 +354,14 @@ PyObject *fn_py_fused_add_rmsnorm(PyObject *module, PyObject *const *args, Py_ss
 
 enum { B_INPUT, B_SHAPE, B_WEIGHT, B_EPS, B_OUT, B_STREAM, B_COUNT };
 static const char *const batch_invariant_names[] = {"input", "normalized_shape", "weight", "eps", "out", "stream"};
-const fn_signature fn_rms_norm_batch_invariant_signature = {
-    "rms_norm_batch_invariant", batch_invariant_names, B_COUNT, 4, 2, 2};
+static const fn_signature rms_norm_batch_invariant_signature = {
+    "rms_norm_batch_invariant", batch_invariant_names, B_COUNT, 4, 2, FN_SIGNATURE_RMS_NORM_BATCH_INVARIANT};
 
 PyObject *fn_py_rms_norm_batch_invariant(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
                                          PyObject *keywords) {
     PyObject *value[B_COUNT], *results[OPERANDS]; /* borrowed; owned */
     fn_state *state = fn_state_of(module);
-    const fn_signature *signature = &fn_rms_norm_batch_invariant_signature;
+    const fn_signature *signature = &rms_norm_batch_invariant_signature;
     if (fn_parse(state, signature, args, nargs, keywords, value) < 0) return NULL;
     PyObject *eps = unless_none(value[B_EPS]); /* borrowed */
     norm_call call = {
@@ -376,3 +377,10 @@ PyObject *fn_py_rms_norm_batch_invariant(PyObject *module, PyObject *const *args
         return NULL;
     return results[OUT];
 }
+
+const fn_signature *const fn_signatures[] = {
+    [FN_SIGNATURE_RMS_NORM] = &rms_norm_signature,
+    [FN_SIGNATURE_FUSED_ADD_RMSNORM] = &fused_add_rmsnorm_signature,
+    [FN_SIGNATURE_RMS_NORM_BATCH_INVARIANT] = &rms_norm_batch_invariant_signature,
+};
+_Static_assert(sizeof fn_signatures / sizeof fn_signatures[0] == FN_SIGNATURES, "every function has a row");
