@@ -2,6 +2,7 @@
 
 #include "cpu.h"
 
+#include <stdio.h>
 #include <unistd.h>
 
 #if defined(FN_X86)
@@ -35,7 +36,21 @@ bool fn_cpu_supports(fn_path path) {
 }
 #endif
 
+/* sysconf() may add up the caches of all processors; Linux says what one processor's last level is. */
+static int64_t cache_bytes_of_kernel(void) {
+    long kibibytes = 0;
+#if defined(__linux__)
+    FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r");
+    if (!file) return 0;
+    if (fscanf(file, "%ldK", &kibibytes) != 1 || kibibytes < 0) kibibytes = 0;
+    fclose(file);
+#endif
+    return (int64_t)kibibytes * 1024;
+}
+
 int64_t fn_last_level_cache_bytes(void) {
+    const int64_t kernel = cache_bytes_of_kernel();
+    if (kernel > 0) return kernel;
     long bytes = -1;
 #if defined(_SC_LEVEL3_CACHE_SIZE)
     bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
