@@ -76,26 +76,19 @@ typedef enum { FN_OPERATION_NORM, FN_OPERATION_COUNT } fn_operation;
 typedef fn_status (*fn_runner)(const void *plan);
 
 static fn_status norm_on_cpu(const void *plan) { return fn_norm_run_cpu(plan); }
+static fn_status norm_on_cuda(const void *plan) { return fn_norm_run_cuda(plan); }
 
-/* By DLPack's device numbers; NULL: not built. */
+/* By DLPack's device numbers. */
 static const fn_runner runners[][FN_CUDA + 1] = {
-    [FN_OPERATION_NORM] = {[FN_CPU] = norm_on_cpu},
+    [FN_OPERATION_NORM] = {[FN_CPU] = norm_on_cpu, [FN_CUDA] = norm_on_cuda},
 };
 _Static_assert(sizeof runners / sizeof runners[0] == FN_OPERATION_COUNT, "every operation has a row");
-
-static fn_status run(fn_operation operation, const char *function, const fn_tensor *first, const void *plan) {
-    const fn_runner runner = runners[operation][first->device_type];
-    FN_REQUIRE(runner, FN_ERROR_RUNTIME, "%s: %s is a CUDA array, but this fusednorm was built without CUDA", function,
-               first->name);
-    return runner(plan);
-}
 
 fn_status fn_norm(const fn_norm_args *args) {
     fn_norm_plan plan;
     const fn_fp_environment saved = fn_fp_enter();
     fn_status status = fn_norm_check(args, &plan);
-    if (status == FN_OK && plan.rows > 0)
-        status = run(FN_OPERATION_NORM, args->function ? args->function : "norm", args->x, &plan);
+    if (status == FN_OK && plan.rows > 0) status = runners[FN_OPERATION_NORM][args->x->device_type](&plan);
     fn_fp_leave(saved);
     return status;
 }

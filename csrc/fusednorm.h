@@ -53,11 +53,12 @@ typedef struct {
     double weight_offset;          /* finite, rounded to fp32 */
     bool cast_x_before_out_mul;
     fn_round_sum round_sum;
-    void *stream; /* CUDA: the stream to queue the work on. CPU: not read */
+    void *stream; /* CUDA: the cudaStream_t to queue the work on, NULL is the default stream. CPU: not read */
+    bool weights_are_constant; /* CUDA: no kernel still at work writes weight, so that it may be read early (PDL) */
 } fn_norm_args;
 
-/* Checks everything, then runs. Returns before any write if a check fails. The caller's rounding mode and flush-to-zero
- * are neither obeyed nor disturbed. */
+/* Checks everything, then runs; on CUDA, queues the work and returns. Returns before any write if a check fails. The
+ * caller's rounding mode, flush-to-zero and current device are neither obeyed nor disturbed. */
 fn_status fn_norm(const fn_norm_args *args);
 
 /* Paths: what executes an operation. The CPU ones give the same bits; the best that the processor and the operating
@@ -76,5 +77,39 @@ const char *fn_cpu_threading(void);            /* "openmp" or "none" */
  * always runs on the calling thread, since an OpenMP pool does not survive fork(). */
 int fn_get_num_threads(void);
 fn_status fn_set_num_threads(int threads);
+
+/* ---- CUDA ----
+ *
+ * Any build has these functions. In one without CUDA, or where no driver or device is, they fail with FN_ERROR_RUNTIME and
+ * the reason. None of them makes the host wait for a device unless it says so. A device id is CUDA's ordinal. */
+typedef struct {
+    bool built;
+    int32_t devices;                         /* that this process sees; 0 without a driver */
+    int32_t runtime_version, driver_version; /* 13000 is 13.0; 0: none */
+    const char *architectures;               /* as compiled, such as "80 90 90-ptx"; "" without CUDA */
+    char reason[256];                        /* why no array on CUDA can be taken; "" if one can */
+} fn_cuda_info;
+
+typedef struct {
+    char name[256];
+    int32_t major, minor, multiprocessors; /* compute capability, and their number */
+} fn_cuda_device;
+
+void fn_cuda_describe(fn_cuda_info *info);
+fn_status fn_cuda_describe_device(int32_t device, fn_cuda_device *description);
+fn_status fn_cuda_current_device(int32_t *device);
+/* The device that memory lives on, for arrays that do not say; managed memory: the current one. FN_ERROR_VALUE for memory
+ * that no device can reach. */
+fn_status fn_cuda_device_of(const void *address, int32_t *device);
+/* Loads every kernel on the device, which a graph capture must not meet for the first time. */
+fn_status fn_cuda_warmup(int32_t device);
+/* What is queued on `later` from now on starts after all that is queued on `earlier` now. */
+fn_status fn_cuda_order_streams(int32_t device, void *earlier, void *later);
+/* Marks the work queued on the stream so far. *event is NULL if the stream is being captured: nothing runs then. */
+fn_status fn_cuda_event_record(int32_t device, void *stream, void **event);
+bool fn_cuda_event_is_done(void *event); /* never waits; NULL is done */
+void fn_cuda_event_finish(void *event);  /* waits for it if it must, and frees it; NULL: nothing */
+/* For tests: NULL returns to the policy (cuda/schedule.h), or to what FUSEDNORM_CUDA_SCHEDULE names. */
+fn_status fn_cuda_force_schedule(const char *name);
 
 #endif

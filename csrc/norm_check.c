@@ -191,6 +191,9 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
     plan->contiguous = true;
     plan->cast_x_before_out_mul = args->cast_x_before_out_mul;
     plan->round_sum = args->residual ? args->round_sum : FN_SUM_FP32;
+    plan->weights_are_constant = args->weights_are_constant;
+    plan->device_id = args->x->device_id;
+    plan->stream = args->stream;
     bool compact = true;
     uint64_t run_bytes[FN_OPERANDS];
     for (int i = 0; i < FN_OPERANDS; i++) {

@@ -31,13 +31,17 @@ typedef struct {
     bool contiguous; /* every operand's columns lie side by side */
     bool cast_x_before_out_mul;
     fn_round_sum round_sum;
+    bool weights_are_constant; /* CUDA */
     float eps, weight_offset;
+    int32_t device_id; /* CUDA */
+    void *stream;      /* CUDA */
     int32_t leading_ndim;
     int64_t leading_shape[FN_MAX_NDIM]; /* outermost first */
     int64_t leading_stride[FN_ROW_OPERANDS][FN_MAX_NDIM];
 } fn_norm_plan;
 
-/* One per device; the CPU's is csrc/cpu/rms_norm.c. */
+/* One per device: csrc/cpu/rms_norm.c, csrc/cuda/rms_norm.c (or no_cuda.c). */
 fn_status fn_norm_run_cpu(const fn_norm_plan *plan);
+fn_status fn_norm_run_cuda(const fn_norm_plan *plan);
 
 #endif
