@@ -203,7 +203,7 @@ def registry(files: list[Path]) -> list[Peer]:
         added = runpy.run_path(str(file)).get("PEERS")
         if not added:
             raise SystemExit(f"{file}: it must have a list PEERS of benchmarks.peers.Peer")
-        peers += added
+        peers += [peer for peer in added if peer.device == "cpu"]
     names = [peer.name for peer in peers]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:

@@ -4,6 +4,7 @@
     python -m benchmarks.run results --quick              a look: about two minutes
     python -m benchmarks.run results --only call --json   host time of small calls, also as JSON
     python -m benchmarks.run results --peer mine.py       with another contestant; benchmarks/peers.py says how
+    python -m benchmarks.run results --device cuda        the norms on a GPU: about four minutes with all peers
 
 Ratios within one table are comparable, figures of different runs or machines are not. On a machine that does other work
 at the same time the shares of memcpy move by tens of per cent; instruction counts do not.
@@ -15,19 +16,27 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 if __package__ in (None, ""):  # python benchmarks/run.py
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     __package__ = "benchmarks"
     import benchmarks  # noqa: F401
 
-from . import bandwidth, calls, instructions, machine
+from . import bandwidth, calls, cuda_between, cuda_call, cuda_graphs, cuda_peers, cuda_time, instructions, machine
 from .cases import DTYPES, numpy_dtype
 from .peers import Peer, registry
 from .progress import Progress, show
 from .report import Report
 
-BENCHMARKS = ("bandwidth", "call", "instructions")
+AnyPeer = TypeVar("AnyPeer", Peer, cuda_peers.CudaPeer)
+Runs = dict[str, Callable[[Progress], Report]]
+BENCHMARKS = {
+    "cpu": ("bandwidth", "call", "instructions"),
+    "cuda": ("cuda_call", "cuda_time", "cuda_between"),
+}
+NAMES = (*BENCHMARKS["cpu"], *BENCHMARKS["cuda"])
+BETWEEN_SHARE = 0.3  # of the seconds
 
 
 def _list_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
@@ -65,10 +74,16 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     processors = machine.available_cpus()
     parser.add_argument("folder", type=Path, help="where the results go; made if it is not there")
+    parser.add_argument(
+        "--device", choices=tuple(BENCHMARKS), help="which benchmarks run, without --only; default: cpu"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer sizes, row lengths and turns")
     parser.add_argument("--json", action="store_true", help="write NAME.json beside NAME.txt")
     parser.add_argument(
-        "--only", type=_list_of(BENCHMARKS), default=BENCHMARKS, metavar="NAMES", help=", ".join(BENCHMARKS)
+        "--only",
+        type=_list_of(NAMES),
+        metavar="NAMES",
+        help="; ".join(f"{device}: {', '.join(names)}" for device, names in BENCHMARKS.items()),
     )
     parser.add_argument(
         "--peer",
@@ -88,10 +103,23 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--sizes", type=_sizes, metavar="SIZES", help="bytes of x, such as 64K,1M,64M")
     group.add_argument("--dtypes", type=_list_of(DTYPES), default=DTYPES, metavar="NAMES", help=", ".join(DTYPES))
-    return parser.parse_args(words)
+    group = parser.add_argument_group("cuda_time and cuda_between")
+    group.add_argument(
+        "--seconds",
+        type=float,
+        default=240.0,
+        metavar="NUMBER",
+        help="for both together; then peers that compile are left out, a third later all; default: %(default)s",
+    )
+    options = parser.parse_args(words)
+    options.only = options.only or BENCHMARKS[options.device or "cpu"]
+    outside = [name for name in options.only if options.device and name not in BENCHMARKS[options.device]]
+    if outside:
+        parser.error(f"--only {','.join(outside)}: not with --device {options.device}")
+    return options
 
 
-def present(peers: list[Peer]) -> tuple[list[Peer], list[str]]:
+def present(peers: list[AnyPeer]) -> tuple[list[AnyPeer], list[str]]:
     """Those that can run, and for the others the reason."""
     found, absent = [], []
     for peer in peers:
@@ -115,28 +143,60 @@ def known_dtypes(wanted: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def main() -> int:
-    options = parse_arguments()
-    options.folder.mkdir(parents=True, exist_ok=True)
+def on_cpu(options: argparse.Namespace) -> Runs:
     peers, absent = present(registry(options.peer))
     head = machine.describe()
     if absent:
         head["absent"] = "; ".join(absent)
     settings = bandwidth.Settings(options.quick, options.threads, options.sizes, known_dtypes(options.dtypes))
-    runs: dict[str, Callable[[Progress], Report]] = {
+    return {  # call before bandwidth, which changes how malloc behaves in this process
         "call": lambda progress: calls.run(options.quick, head, progress),
         "instructions": lambda progress: instructions.run(options.quick, head, progress),
         "bandwidth": lambda progress: bandwidth.run(peers, settings, head, progress),
     }
-    for name, run in runs.items():  # call before bandwidth, which changes how malloc behaves in this process
+
+
+def on_cuda(options: argparse.Namespace) -> Runs:
+    gpu = cuda_graphs.Gpu()
+    reason = gpu.absent()
+    if reason:
+        raise SystemExit(f"no benchmark runs on a GPU here: {reason}")
+    # A file first: what it does to the path of modules may decide which packages are found.
+    peers, absent = present(cuda_peers.registry(options.peer))
+    head = {**machine.describe(), **gpu.describe()}
+    head["peers"] = ", ".join(f"{peer.name} {peer.version()}".strip() for peer in peers)
+    if absent:
+        head["absent"] = "; ".join(absent)
+    quick, seconds = options.quick, options.seconds
+    shared = seconds * BETWEEN_SHARE if {"cuda_time", "cuda_between"} <= {*options.only} else 0.0
+    return {  # host times first, while no library's threads are at work
+        "cuda_call": lambda progress: cuda_call.run(peers, quick, gpu, head, progress),
+        "cuda_time": lambda progress: cuda_time.run(peers, quick, seconds - shared, gpu, head, progress),
+        "cuda_between": lambda progress: cuda_between.run(peers, quick, shared or seconds, gpu, head, progress),
+    }
+
+
+def main() -> int:
+    options = parse_arguments()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    runs: Runs = {}
+    status = 0
+    for device, prepare in (("cpu", on_cpu), ("cuda", on_cuda)):
+        if {*options.only} & {*BENCHMARKS[device]}:
+            runs.update(prepare(options))
+    for name, run in runs.items():
         if name not in options.only:
             continue
         report = run(show)
         report.head["load after"] = machine.load().replace("at the start", "at the end")
-        print(report.text())
+        print(report.text(), flush=True)
         for path in report.write(options.folder, options.json):
-            print(f"written: {path}", file=sys.stderr)
-    return 0
+            print(f"written: {path}", file=sys.stderr, flush=True)
+        stopped = report.head.get("stopped", "")
+        if stopped.startswith("interrupted"):
+            return 130
+        status = status or int(bool(stopped))
+    return status
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ class Call:
     arguments: tuple[Any, ...]
     keywords: tuple[str, ...] | None = None
 
+    def __call__(self) -> Any:
+        named = len(self.keywords or ())
+        positional = self.arguments[: len(self.arguments) - named]
+        return self.function(*positional, **dict(zip(self.keywords or (), self.arguments[len(positional) :])))
+
     def nanoseconds(self, calls: int) -> float:
         """How long so many calls take, one after the other, in a C loop."""
         elapsed: int = native().repeat(self.function, self.arguments, self.keywords, calls)

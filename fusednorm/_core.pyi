@@ -1,7 +1,16 @@
-from typing import Any, Literal, Protocol, TypedDict, TypeVar, overload
+from contextvars import Token
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar, overload
 
-class _Array(Protocol):
+class _DLPackArray(Protocol):
     def __dlpack__(self, *args: Any, **keywords: Any) -> Any: ...
+
+class _CudaInterfaceArray(Protocol):
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+_Array: TypeAlias = _DLPackArray | _CudaInterfaceArray
+# None, a cudaStream_t, or an object with __cuda_stream__, cuda_stream or ptr.
+_Stream: TypeAlias = int | object | None
 
 _X = TypeVar("_X", bound=_Array)
 _Residual = TypeVar("_Residual", bound=_Array)
@@ -15,10 +24,19 @@ class _CpuInfo(TypedDict):
     threading: Literal["openmp", "none"]
     num_threads: int
 
+class _CudaDevice(TypedDict):
+    name: str
+    compute_capability: str
+    multiprocessors: int
+
 class _CudaInfo(TypedDict):
     built: bool
     available: bool
     reason: str
+    runtime: str
+    driver: str
+    architectures: list[str]
+    devices: list[_CudaDevice]
 
 class _Info(TypedDict):
     version: str
@@ -37,7 +55,7 @@ def rms_norm(
     cast_x_before_out_mul: bool = False,
     out: None = None,
     out_dtype: Any = None,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> _X: ...
 @overload
 def rms_norm(
@@ -49,7 +67,7 @@ def rms_norm(
     cast_x_before_out_mul: bool = False,
     out: _Out,
     out_dtype: Any = None,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> _Out: ...
 @overload
 def fused_add_rmsnorm(
@@ -66,7 +84,7 @@ def fused_add_rmsnorm(
     residual_out: None = None,
     out_dtype: Any = None,
     inplace: bool = True,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> tuple[_X, _Residual]: ...
 @overload
 def fused_add_rmsnorm(
@@ -83,7 +101,7 @@ def fused_add_rmsnorm(
     residual_out: None = None,
     out_dtype: Any = None,
     inplace: bool = True,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> tuple[_Out, _Residual]: ...
 @overload
 def fused_add_rmsnorm(
@@ -100,7 +118,7 @@ def fused_add_rmsnorm(
     residual_out: _ResidualOut,
     out_dtype: Any = None,
     inplace: bool = True,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> tuple[_X, _ResidualOut]: ...
 @overload
 def fused_add_rmsnorm(
@@ -117,7 +135,7 @@ def fused_add_rmsnorm(
     residual_out: _ResidualOut,
     out_dtype: Any = None,
     inplace: bool = True,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> tuple[_Out, _ResidualOut]: ...
 @overload
 def rms_norm_batch_invariant(
@@ -127,7 +145,7 @@ def rms_norm_batch_invariant(
     eps: float | None = None,
     *,
     out: None = None,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> _X: ...
 @overload
 def rms_norm_batch_invariant(
@@ -137,9 +155,14 @@ def rms_norm_batch_invariant(
     eps: float | None = None,
     *,
     out: _Out,
-    stream: None = None,
+    stream: _Stream = None,
 ) -> _Out: ...
 def info() -> _Info: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
+def warmup(device: Any = None) -> None: ...
+def get_weights_are_constant() -> bool: ...
+def set_weights_are_constant(constant: bool, /) -> None: ...
+def _promise_weights(constant: bool, /) -> Token[bool]: ...
 def _force_cpu_path(name: str | None, /) -> None: ...
+def _force_cuda_schedule(name: str | None, /) -> None: ...

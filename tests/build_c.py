@@ -95,16 +95,24 @@ def _build(name: str, sources: Sequence[str | Path], flags: list[str], compiler:
     libraries = [flag for flag in flags if flag.startswith(("-l", "-Wl,"))]  # the linker reads these in order
     others = [flag for flag in flags if flag not in libraries]
     command = [*compiler, *BASE_FLAGS, *includes, *others, *map(str, paths)]
-    output = _cache_folder() / f"{name}-{_key([*command, *libraries], paths)}" / f"{name}{suffix}"
+    return cached(f"{name}{suffix}", command, paths, [*libraries, "-lm"])
+
+
+def cached(name: str, command: list[str], sources: Sequence[Path], last: Sequence[str] = ()) -> Path:
+    """The file that `command -o FILE last` makes of the sources, and what it said, in NAME.log beside that."""
+    folder = cache_folder() / f"{name.split('.')[0]}-{_key([*command, *last], list(sources))}"
+    output = folder / name
     if output.is_file():
         return output
-    output.parent.mkdir(exist_ok=True)
-    unfinished = output.with_name(f"{output.name}.{os.getpid()}")
-    command += ["-o", str(unfinished), *libraries, "-lm"]
-    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    folder.mkdir(exist_ok=True)
+    unfinished, log = (output.with_name(f"{output.name}{suffix}.{os.getpid()}") for suffix in ("", ".log"))
+    whole = [*command, "-o", str(unfinished), *last]
+    result = subprocess.run(whole, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode != 0:
         unfinished.unlink(missing_ok=True)
-        raise BuildError(f"{shlex.join(command)}\nexited with {result.returncode}:\n{result.stderr}")
+        raise BuildError(f"{shlex.join(whole)}\nexited with {result.returncode}:\n{result.stdout}")
+    log.write_text(result.stdout)
+    os.replace(log, output.with_name(f"{output.name}.log"))
     os.replace(unfinished, output)  # another process that builds the same thing never sees half a file
     return output
 
@@ -126,7 +134,7 @@ def _key(command: list[str], sources: list[Path]) -> str:
 
 def _headers() -> list[Path]:
     """Every header, and every source of csrc, since a source may include another one."""
-    return sorted([*(ROOT / "csrc").rglob("*.[ch]"), *TESTS_C.glob("*.h")])
+    return sorted([*(ROOT / "csrc").rglob("*.[ch]"), *(ROOT / "csrc").rglob("*.cuh"), *TESTS_C.glob("*.h")])
 
 
 @cache
@@ -135,7 +143,7 @@ def _compiler_version(program: str) -> str:
 
 
 @cache
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     given = os.environ.get("FUSEDNORM_TEST_CACHE")
     folder = Path(given) if given else Path(tempfile.gettempdir(), f"fusednorm-tests-{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

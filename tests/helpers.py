@@ -12,6 +12,8 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -39,6 +41,31 @@ current_path = "no path"
 
 def count_elements(n: int) -> None:
     compared[current_path] += n
+
+
+@contextmanager
+def counting(name: str) -> Iterator[None]:
+    """What is compared inside counts for the path `name`."""
+    global current_path
+    before, current_path = current_path, name
+    try:
+        yield
+    finally:
+        current_path = before
+
+
+def require_cuda() -> None:
+    """Skips the module that calls it where the CUDA path is not tested."""
+    import pytest
+
+    import fusednorm
+
+    cuda = fusednorm.info()["cuda"]
+    named = os.environ.get("FUSEDNORM_TEST_PATHS")
+    if not cuda["available"]:
+        pytest.skip(f"no CUDA: {cuda['reason']}", allow_module_level=True)
+    if os.environ.get("FUSEDNORM_CPU") or (named and "cuda" not in named):
+        pytest.skip("the environment asks for CPU paths alone", allow_module_level=True)
 
 
 def seeded(*key: object) -> np.random.Generator:

@@ -35,7 +35,7 @@ def without(*packages: str) -> str:
     )
 
 
-SMALL = ("--quick", "--rows", "16", "--columns", "64", "--threads", "1")
+SMALL = ("--quick", "--rows", "16", "--columns", "64", "--threads", "1", "--device", "cpu")
 
 
 def test_help() -> None:
@@ -45,7 +45,19 @@ def test_help() -> None:
     assert command()[0] == text
     text, _ = command("audit", "--help")
     assert "examples:" in text
-    for option in ("--rows", "--columns", "--dtype", "--peers", "--quick", "--plot", "--json", "--list", "--seed"):
+    for option in (
+        "--rows",
+        "--columns",
+        "--dtype",
+        "--peers",
+        "--quick",
+        "--plot",
+        "--json",
+        "--list",
+        "--seed",
+        "--device",
+        "--peer FILE",
+    ):
         assert option in text
 
 
@@ -64,15 +76,20 @@ def test_json(tmp_path: Path) -> None:
     assert "fusednorm hf_llama" in text
     assert str(target) in errors
     again = json.loads(target.read_text())
-    assert (told["schema"], told["seed"], told["quick"]) == (1, 11, True)
+    assert (told["schema"], told["seed"], told["quick"]) == (2, 11, True)
     assert told["fusednorm"]["version"] == fusednorm.__version__
     assert {peer["package"] for peer in told["peers"]} == {"fusednorm", "numpy"}
     assert all(
-        set(peer) == {"name", "label", "package", "version", "device", "operations", "absent"} for peer in told["peers"]
+        set(peer) == {"name", "label", "package", "version", "device", "operations", "declares", "absent"}
+        for peer in told["peers"]
     )
+    declares = {peer["name"]: peer["declares"] for peer in told["peers"]}
+    assert declares[BASE] == {FUSED: ["s", "y"], "rms_norm": ["y"]}
+    assert told["devices"] == {}
     assert len(told["tables"]) == 8
     for table, same in zip(told["tables"], again["tables"], strict=True):
-        assert set(table) == {"data", "operation", "dtype", "rows", "columns", "elements", "results"}
+        assert set(table) == {"device", "data", "operation", "dtype", "rows", "columns", "elements", "results"}
+        assert table["device"] == "cpu"
         assert table["elements"] == table["rows"] * table["columns"]
         fused = table["operation"] == FUSED
         keys = {"exact_fp32_sum", "exact_rounded_sum"} if fused else {"exact"}
@@ -86,6 +103,9 @@ def test_json(tmp_path: Path) -> None:
             assert all(0 <= count <= table["elements"] for count in result["differ"].values())
             assert set(result["batch"]) == {"sizes", "largest", "row_0_changes_at", "any_row_changes_at"}
             assert result["seconds"] > 0
+            assert result["untimed"] is None
+            assert result["fp32_weight"] is None
+            assert result["rounds_as_declared"] in ((None,) if table["dtype"] == "float32" else (True,))
             assert (result["peer"] == BASE) <= (result["relative_time"] == 1.0)
             assert result["differ"] == same_result["differ"]  # the seed decides
     table = told["tables"][0]
@@ -106,9 +126,9 @@ def test_numpy_alone_is_enough() -> None:
         assert f"absent: {label}" in text
     assert "torch is not installed" in text
     assert "transformers is not installed" in text
-    listed, _ = command("audit", "--list", before=absent)
+    listed, _ = command("audit", "--list", "--device", "cpu", before=absent)
     assert [line.split("absent: ")[1] for line in listed.splitlines() if line.startswith("torch:hf ")] == [
-        "torch is not installed"
+        "torch is not installed (rounds: RMSNorm y; fused add + RMSNorm s, y)"
     ]
     _, errors = command("audit", "--plot", "a.png", before=absent, code=2)
     assert "python -m pip install matplotlib" in errors
@@ -121,7 +141,7 @@ def test_packages_that_are_not_selected_are_not_imported() -> None:
         "if n in sys.modules]))"
     )
     assert "imported: []" in command("audit", *SMALL, "--peers", "fusednorm,numpy", before=after)[0]
-    assert "imported: []" in command("audit", "--list", before=after)[0]
+    assert "imported: []" in command("audit", "--list", "--device", "cpu,cuda", before=after)[0]
 
 
 def test_a_broken_torch_is_absent(tmp_path: Path) -> None:

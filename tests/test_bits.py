@@ -267,7 +267,8 @@ def test_types_of_scalars(path: Any, dtype: str) -> None:
     x, w = random_rows(seeded("scalars"), (4, 96), dtype, "normal"), random_weight(seeded("scalars"), 96, dtype)
     for one, other in ((1e-5, np.float32(1e-5)), (1e-5, np.float64(1e-5)), (1.0, 1), (1.0, np.int32(1)), (0.0, 0)):
         expected = _reference.rms_norm(x, w, one, weight_offset=one)
-        assert_same_bits(path.numpy(path.rms_norm(x, w, other, weight_offset=other)), expected, f"eps={other!r}")
+        out = path.rms_norm(path.array(x), path.array(w), other, weight_offset=other)
+        assert_same_bits(path.numpy(out), expected, f"eps={other!r}")
 
 
 @pytest.mark.parametrize("weighted", [False, True])

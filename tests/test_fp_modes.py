@@ -122,15 +122,15 @@ MODES = [
 @pytest.mark.parametrize("shape", [(4, 96), (600, 512), (3, 2**17)])
 @pytest.mark.parametrize("name, rounding, flush", MODES, ids=[name for name, _, _ in MODES])
 def test_modes_are_neither_obeyed_nor_disturbed(
-    core_path: Any, threads: None, modes: Any, name: str, rounding: int, flush: int, shape: tuple[int, ...]
+    cpu_path: Any, threads: None, modes: Any, name: str, rounding: int, flush: int, shape: tuple[int, ...]
 ) -> None:
     for dtype in DTYPES:
         x, residual, weight = sensitive(shape, dtype)
         options = {"weight_offset": 0.1, "out_dtype": dtype}  # neither 0.1 nor eps is a float32
         both = [
-            (core_path.rms_norm, (x, weight, 1e-5), options, (_reference.rms_norm(x, weight, 1e-5, **options),)),
+            (cpu_path.rms_norm, (x, weight, 1e-5), options, (_reference.rms_norm(x, weight, 1e-5, **options),)),
             (
-                core_path.fused_add_rmsnorm,
+                cpu_path.fused_add_rmsnorm,
                 (x, residual, weight, 1e-37),
                 {"inplace": False, "out_dtype": "float32"},
                 _reference.fused_add_rmsnorm(x, residual, weight, 1e-37, out_dtype="float32"),
@@ -152,14 +152,14 @@ def test_modes_are_neither_obeyed_nor_disturbed(
                     assert_same_bits(actual, wanted, f"{name}, {number} threads, {dtype}")
 
 
-def test_modes_of_a_call_that_fails(core_path: Any, modes: Any) -> None:
+def test_modes_of_a_call_that_fails(cpu_path: Any, modes: Any) -> None:
     x = np.ones((4, 8), np.float32)
     modes.set_round(1)
     modes.set_flush(1)
     before = modes.modes()
     for wrong in ({"eps": -1.0}, {"weight": x}, {"out": x.T}, {"out": x[::-1]}, {"out_dtype": "int8"}):
         with pytest.raises((TypeError, ValueError)):
-            core_path.rms_norm(x, **wrong)
+            cpu_path.rms_norm(x, **wrong)
     after = modes.modes()
     modes.set_round(0)
     modes.set_flush(0)
@@ -222,13 +222,13 @@ print("survived")
     assert (done.returncode, done.stdout.strip()) == (0, "survived"), done.stderr
 
 
-def test_torch_flush_denormal(core_path: Any) -> None:
+def test_torch_flush_denormal(cpu_path: Any) -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed")
     x, _, weight = sensitive((5, 64), "float32")
     expected = _reference.rms_norm(x, weight)
     if not torch.set_flush_denormal(True):
         pytest.skip("torch cannot flush denormals on this processor")
-    actual = core_path.rms_norm(x, weight)
+    actual = cpu_path.rms_norm(x, weight)
     flushed = torch.tensor([1e-40]).mul(1.0).eq(0).item()
     torch.set_flush_denormal(False)
     assert_same_bits(actual, expected)

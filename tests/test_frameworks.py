@@ -30,35 +30,35 @@ needs_jax = pytest.mark.skipif(jax is None, reason="jax is not installed")
 
 @needs_jax
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_jax_out_of_place(core_path: Any, dtype: str) -> None:
+def test_jax_out_of_place(cpu_path: Any, dtype: str) -> None:
     x, residual, weight = operands(dtype, (2, 5, 40))
     jx, jr, jw = map(jnp.asarray, (x, residual, weight))
     for out_dtype, spelled in itertools.product(DTYPES, (str, jnp.dtype, lambda name: getattr(jnp, name))):
-        out = core_path.rms_norm(jx, jw, out_dtype=spelled(out_dtype))
+        out = cpu_path.rms_norm(jx, jw, out_dtype=spelled(out_dtype))
         assert isinstance(out, jax.Array)
         assert_same_bits(np.asarray(out), _reference.rms_norm(x, weight, out_dtype=out_dtype), out_dtype)
-    results = core_path.fused_add_rmsnorm(jx, jr, jw, post_residual_addition=jr, inplace=False, round_sum=True)
+    results = cpu_path.fused_add_rmsnorm(jx, jr, jw, post_residual_addition=jr, inplace=False, round_sum=True)
     expected = _reference.fused_add_rmsnorm(x, residual, weight, post_residual_addition=residual, round_sum=True)
     for result, wanted in zip(results, expected):
         assert isinstance(result, jax.Array)
         assert_same_bits(np.asarray(result), wanted)
         assert_same_bits(np.asarray(result[::-1]), wanted[::-1])  # JAX computes with it
-    assert_same_bits(np.asarray(core_path.rms_norm_batch_invariant(jx, 40)), _reference.rms_norm_batch_invariant(x, 40))
-    assert core_path.rms_norm(jx[:0]).shape == (0, 5, 40)
+    assert_same_bits(np.asarray(cpu_path.rms_norm_batch_invariant(jx, 40)), _reference.rms_norm_batch_invariant(x, 40))
+    assert cpu_path.rms_norm(jx[:0]).shape == (0, 5, 40)
     assert_same_bits(np.asarray(jx), x, "x")
 
 
 @needs_jax
-def test_jax_arrays_are_immutable(core_path: Any) -> None:
+def test_jax_arrays_are_immutable(cpu_path: Any) -> None:
     x, residual, weight = operands("float32")
     jx, jr = jnp.asarray(x.copy()), jnp.asarray(residual.copy())
-    fused = core_path.fused_add_rmsnorm
+    fused = cpu_path.fused_add_rmsnorm
     calls = {
         "x": lambda: fused(jx, jr),
-        "out": lambda: core_path.rms_norm(x, out=jr),
+        "out": lambda: cpu_path.rms_norm(x, out=jr),
         "residual": lambda: fused(x.copy(), jr),
         "residual_out": lambda: fused(x.copy(), residual.copy(), residual_out=jr),
-        "out ": lambda: core_path.rms_norm_batch_invariant(x, 40, out=jx),
+        "out ": lambda: cpu_path.rms_norm_batch_invariant(x, 40, out=jx),
     }
     for name, call in calls.items():
         with pytest.raises(BufferError, match=rf"norm\w*: \w*{name.strip()}\b.*(?i:jax|immutable|inplace=False)"):
@@ -66,21 +66,21 @@ def test_jax_arrays_are_immutable(core_path: Any) -> None:
     assert_same_bits(np.asarray(jx), x)
     assert_same_bits(np.asarray(jr), residual)
     out = np.empty_like(x)
-    assert core_path.rms_norm(jx, jnp.asarray(weight), out=out) is out
+    assert cpu_path.rms_norm(jx, jnp.asarray(weight), out=out) is out
     assert_same_bits(out, _reference.rms_norm(x, weight))
 
 
 @needs_jax
-def test_jax_tracers(core_path: Any) -> None:
+def test_jax_tracers(cpu_path: Any) -> None:
     """Under a transformation JAX's own TypeError arrives, which names the traced array and the line."""
     x, weight = jnp.ones((4, 8)), jnp.ones(8)
     for transform in (jax.jit, jax.grad):
         with pytest.raises(TypeError, match=r"(?i)trace.*float32\[4,8\]"):
-            transform(lambda a: core_path.rms_norm(a).sum())(x)
+            transform(lambda a: cpu_path.rms_norm(a).sum())(x)
         with pytest.raises(TypeError, match=r"(?i)trace.*float32\[8\]"):
-            transform(lambda w: core_path.rms_norm(x, w).sum())(weight)
+            transform(lambda w: cpu_path.rms_norm(x, w).sum())(weight)
     with pytest.raises(TypeError, match=r"(?i)trace.*float32\[8\]"):
-        jax.vmap(core_path.rms_norm)(x)
+        jax.vmap(cpu_path.rms_norm)(x)
 
 
 # DLPack and nothing else
@@ -109,21 +109,21 @@ class WithNamespace(Producer):
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["versioned", "legacy"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_dlpack_producers(core_path: Any, dtype: str, legacy: bool) -> None:
+def test_dlpack_producers(cpu_path: Any, dtype: str, legacy: bool) -> None:
     if dtype == "bfloat16" and (torch is None or not HAVE_BFLOAT16):
         pytest.skip("NumPy does not export bfloat16: it takes torch and ml_dtypes")
     hold = to_torch if dtype == "bfloat16" else lambda a: a
     x, residual, weight = operands(dtype, (5, 40))
     producers = [Producer(hold(a.copy()), legacy) for a in (x, residual, weight)]
     out, residual_out = np.empty_like(x), np.empty_like(residual)
-    results = core_path.fused_add_rmsnorm(*producers, out=out, residual_out=residual_out)
+    results = cpu_path.fused_add_rmsnorm(*producers, out=out, residual_out=residual_out)
     assert results[0] is out
     assert results[1] is residual_out
     takes_max_version = dtype == "bfloat16" or tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
     assert [p.calls for p in producers] == [1 if takes_max_version and not legacy else 2] * 3
     for actual, expected in zip(results, _reference.fused_add_rmsnorm(x, residual, weight)):
         assert_same_bits(actual, expected, "into ndarrays")
-    results = core_path.fused_add_rmsnorm(*producers)
+    results = cpu_path.fused_add_rmsnorm(*producers)
     assert results[0] is producers[0]
     for producer, expected in zip(producers, _reference.fused_add_rmsnorm(x, residual, weight)):
         held = producer.held if dtype != "bfloat16" else from_torch(producer.held)
@@ -131,23 +131,23 @@ def test_dlpack_producers(core_path: Any, dtype: str, legacy: bool) -> None:
     strided = np.zeros((40, 5), dtype).T if dtype != "bfloat16" else None
     if strided is not None:
         strided[...] = x
-        core_path.rms_norm(Producer(strided[::-1], legacy), out=out)
+        cpu_path.rms_norm(Producer(strided[::-1], legacy), out=out)
         assert_same_bits(out, _reference.rms_norm(x[::-1].copy()), "strided")
 
 
-def test_dlpack_results(core_path: Any) -> None:
+def test_dlpack_results(cpu_path: Any) -> None:
     """Allocated results need a namespace that takes them over; without one the outputs must be given."""
     x, residual, weight = operands("float32")
-    out = core_path.rms_norm(WithNamespace(x), Producer(weight))
+    out = cpu_path.rms_norm(WithNamespace(x), Producer(weight))
     assert_same_bits(np.asarray(out), _reference.rms_norm(x, weight))
-    results = core_path.fused_add_rmsnorm(WithNamespace(x), WithNamespace(residual), inplace=False)
+    results = cpu_path.fused_add_rmsnorm(WithNamespace(x), WithNamespace(residual), inplace=False)
     for actual, expected in zip(results, _reference.fused_add_rmsnorm(x, residual)):
         assert_same_bits(np.asarray(actual), expected)
     with pytest.raises(TypeError, match=r"rms_norm: x\b.*out="):
-        core_path.rms_norm(Producer(x))
+        cpu_path.rms_norm(Producer(x))
 
 
-def test_read_only_producers(core_path: Any) -> None:
+def test_read_only_producers(cpu_path: Any) -> None:
     x, residual, _ = operands("float32")
     kept = x.copy()
     x.setflags(write=False)
@@ -156,47 +156,47 @@ def test_read_only_producers(core_path: Any) -> None:
     except (BufferError, TypeError) as error:
         pytest.skip(f"this NumPy does not export read-only arrays: {error}")
     out = np.empty_like(x)
-    core_path.rms_norm(Producer(x), out=out)
+    cpu_path.rms_norm(Producer(x), out=out)
     assert_same_bits(out, _reference.rms_norm(x))
     with pytest.raises(BufferError, match=r"fused_add_rmsnorm: out.*read-only|fused_add_rmsnorm: x.*read-only"):
-        core_path.fused_add_rmsnorm(Producer(x), residual)
+        cpu_path.fused_add_rmsnorm(Producer(x), residual)
     with pytest.raises(BufferError, match=r"rms_norm: out.*read-only"):
-        core_path.rms_norm(residual, out=Producer(x))
+        cpu_path.rms_norm(residual, out=Producer(x))
     assert_same_bits(x, kept)
 
 
 # ndarrays of every make
 
 
-def test_memmap_and_read_only(core_path: Any, tmp_path: Any) -> None:
+def test_memmap_and_read_only(cpu_path: Any, tmp_path: Any) -> None:
     x, _, weight = operands("float16", (30, 64))
     file = tmp_path / "x.bin"
     x.tofile(file)
     expected = _reference.rms_norm(x, weight)
     mapped = np.memmap(file, np.float16, "r", shape=x.shape)
-    assert_same_bits(np.asarray(core_path.rms_norm(mapped, weight)), expected, "a read-only map")
+    assert_same_bits(np.asarray(cpu_path.rms_norm(mapped, weight)), expected, "a read-only map")
     with pytest.raises(BufferError, match=r"rms_norm: out.*read-only"):
-        core_path.rms_norm(x, out=mapped)
+        cpu_path.rms_norm(x, out=mapped)
     writable = np.memmap(file, np.float16, "r+", shape=x.shape)
-    assert core_path.rms_norm(writable, weight, out=writable) is writable
+    assert cpu_path.rms_norm(writable, weight, out=writable) is writable
     writable.flush()
     assert_same_bits(np.fromfile(file, np.float16).reshape(x.shape), expected, "the file")
     x.setflags(write=False)
-    assert_same_bits(core_path.rms_norm(x, weight), expected, "a read-only array")
+    assert_same_bits(cpu_path.rms_norm(x, weight), expected, "a read-only array")
     for arguments in ({"out": x}, {"out": x[1:]}):
         with pytest.raises(BufferError, match=r"rms_norm: out.*read-only"):
-            core_path.rms_norm(weight[None].repeat(len(arguments["out"]), axis=0), **arguments)
+            cpu_path.rms_norm(weight[None].repeat(len(arguments["out"]), axis=0), **arguments)
     with pytest.raises(BufferError, match="read-only"):
-        core_path.fused_add_rmsnorm(x, x.copy())
+        cpu_path.fused_add_rmsnorm(x, x.copy())
     with pytest.raises(BufferError, match="read-only"):
-        core_path.fused_add_rmsnorm(x.copy(), x)
+        cpu_path.fused_add_rmsnorm(x.copy(), x)
 
 
 # Mixed
 
 
 @needs_torch
-def test_mixed_frameworks(core_path: Any) -> None:
+def test_mixed_frameworks(cpu_path: Any) -> None:
     x, residual, weight = operands("float32")
     expected = _reference.fused_add_rmsnorm(x, residual, weight, residual_out_dtype="float32")
     kinds: list[Any] = [lambda a: a.copy(), lambda a: to_torch(a.copy()), lambda a: Producer(a.copy())]
@@ -206,17 +206,17 @@ def test_mixed_frameworks(core_path: Any) -> None:
         for kind_out in kinds[:2]:
             outputs = {"out": kind_out(np.empty_like(x)), "residual_out": kinds[1](np.empty_like(x))}
             given = kind_x(x), kind_residual(residual), kind_weight(weight)
-            results = core_path.fused_add_rmsnorm(*given, **outputs)
+            results = cpu_path.fused_add_rmsnorm(*given, **outputs)
             for name, result, wanted in zip(outputs, results, expected):
                 assert result is outputs[name]
                 assert_same_bits(np.asarray(result), wanted, name)
-    results = core_path.fused_add_rmsnorm(x, to_torch(residual), weight, inplace=False)
+    results = cpu_path.fused_add_rmsnorm(x, to_torch(residual), weight, inplace=False)
     assert isinstance(results[0], np.ndarray)
-    results = core_path.fused_add_rmsnorm(to_torch(x), residual, weight, inplace=False)
+    results = cpu_path.fused_add_rmsnorm(to_torch(x), residual, weight, inplace=False)
     assert isinstance(results[0], torch.Tensor)
     shared = to_torch(x)
     with pytest.raises(ValueError, match="overlap"):
-        core_path.fused_add_rmsnorm(shared, residual.copy(), out=shared, residual_out=x)
+        cpu_path.fused_add_rmsnorm(shared, residual.copy(), out=shared, residual_out=x)
 
 
 # Nothing is imported on the caller's behalf

@@ -6,10 +6,8 @@ The bytes between and around the elements are poisoned: reading one gives wrong 
 from __future__ import annotations
 
 import itertools
-import mmap
 import os
 import platform
-import sys
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,24 +184,18 @@ def test_any_layouts(path: Any, data: st.DataObject) -> None:
 def test_64_bit_offsets(path: Any) -> None:
     """Rows, columns and a leading dimension further apart than 2^32 bytes, forwards and backwards."""
     far = 2**32 + 6
-    no_reserve = 0x4000 if sys.platform == "linux" else 0  # only pages that are touched cost memory
-    try:
-        room = mmap.mmap(-1, 3 * far, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
-    except OSError as error:
-        pytest.skip(f"no address space of 12 GiB: {error}")
-    raw = np.frombuffer(room, np.uint8)
+    raw = path.room(3 * far)
     rng = seeded("64 bits")
     for shape, strides in (((3, 5), (far, 4)), ((3, 5), (-far, 4)), ((5, 3), (4, far)), ((2, 3, 5), (20, far, -4))):
         x = random_rows(rng, shape, "float32", "normal")
         start = sum(-stride * (n - 1) for n, stride in zip(shape, strides) if stride < 0)
-        view = path.view(path.array(raw), "float32", shape, strides, start)
-        view[...] = x
+        view = path.view(raw, "float32", shape, strides, start)
+        path.write(view, x)
         expected = _reference.rms_norm(x)
         assert_same_bits(path.numpy(path.rms_norm(view)), expected, f"x {strides}")
-        out = path.view(path.array(raw), "float32", shape, strides, start + 1024)
+        out = path.view(raw, "float32", shape, strides, start + 1024)
         assert path.rms_norm(path.array(x), out=out) is out
-        assert_same_bits(np.array(path.numpy(out)), expected, f"out {strides}")
-    del view, out, raw
+        assert_same_bits(path.read(out), expected, f"out {strides}")
 
 
 @pytest.mark.parametrize(
@@ -219,7 +211,7 @@ def test_64_bit_offsets(path: Any) -> None:
     ],
 )
 def test_results_larger_than_the_cache(
-    core_path: Any, columns: int, shifts: tuple[int, int], source: str, target: str
+    cpu_path: Any, columns: int, shifts: tuple[int, int], source: str, target: str
 ) -> None:
     """Where stores may go past the cache: 16 rows, repeated by a stride of 0 until the call moves more.
 
@@ -241,7 +233,7 @@ def test_results_larger_than_the_cache(
         start = 64 + shift + -raw.ctypes.data % 64
         outputs.append((raw, start, np.ndarray((repeats, 16, columns), target, raw, start)))
     options = {"post_residual_addition": post, "out": outputs[0][2], "residual_out": outputs[1][2]}
-    core_path.fused_add_rmsnorm(x, residual, weight, **options)
+    cpu_path.fused_add_rmsnorm(x, residual, weight, **options)
     dtypes = {"out_dtype": target, "residual_out_dtype": target}
     expected = _reference.fused_add_rmsnorm(rows[0], rows[1], weight, post_residual_addition=rows[2], **dtypes)
     for (raw, start, actual), result in zip(outputs, expected):
@@ -275,27 +267,30 @@ def test_broadcast_and_transposed(path: Any) -> None:
     rng = seeded("broadcast")
     row, square = random_rows(rng, (1, 48), "float16", "normal"), random_rows(rng, (48, 48), "float32", "normal")
     many = np.broadcast_to(row, (2, 3, 48))
-    assert_same_bits(path.numpy(path.rms_norm(many)), _reference.rms_norm(many.copy()))
+    assert_same_bits(path.numpy(path.rms_norm(path.array(many))), _reference.rms_norm(many.copy()))
     one = np.broadcast_to(np.float32(0.5), (48,))
-    assert_same_bits(path.numpy(path.rms_norm(square.T, one)), _reference.rms_norm(square.T.copy(), one.copy()))
+    result = path.numpy(path.rms_norm(path.array(square.T), path.array(one)))
+    assert_same_bits(result, _reference.rms_norm(square.T.copy(), one.copy()))
     ndim6 = square.reshape(2, 3, 2, 4, 6, 8).transpose(3, 0, 5, 2, 1, 4)[:, ::-1]
-    assert_same_bits(path.numpy(path.rms_norm(ndim6)), _reference.rms_norm(ndim6.copy()))
-    result = path.numpy(path.rms_norm(square.T))
+    assert_same_bits(path.numpy(path.rms_norm(path.array(ndim6))), _reference.rms_norm(ndim6.copy()))
+    result = path.numpy(path.rms_norm(path.array(square.T)))
     assert result.flags.c_contiguous
     assert result.flags.owndata
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8), (0, 0, 1), (3, 1, 0, 7)])
 def test_no_rows(path: Any, shape: tuple[int, ...]) -> None:
-    x = np.ones(shape, np.float32)
-    out, raw = poisoned(shape, "float16")
+    ones = np.ones(shape, np.float32)
+    held, raw = poisoned(shape, "float16")
+    x, residual, weight, out = map(path.array, (ones, ones.copy(), np.ones(shape[-1], np.float32), held))
     assert path.rms_norm(x, out=out) is out
     assert path.rms_norm(x).shape == shape
-    results = path.fused_add_rmsnorm(x, x.copy(), np.ones(shape[-1], np.float32), inplace=False, out_dtype="float16")
+    results = path.fused_add_rmsnorm(x, residual, weight, inplace=False, out_dtype="float16")
     assert [(r.shape, r.dtype) for r in results] == [(shape, np.float16), (shape, np.float32)]
+    path.numpy(out)
     assert (raw == POISON).all()
-    wide = np.lib.stride_tricks.as_strided(x, shape, (2**62,) * len(shape))  # no element is ever addressed
-    assert path.rms_norm(wide).shape == shape
+    wide = np.lib.stride_tricks.as_strided(ones, shape, (2**62,) * len(shape))  # no element is ever addressed
+    assert path.rms_norm(path.array(wide)).shape == shape
 
 
 # Overlap is decided by elements, not by the range of addresses
@@ -326,16 +321,17 @@ def interleaved() -> dict[str, tuple[Any, Any]]:
 def test_interleaved_views_are_accepted(core_path: Any, name: str) -> None:
     for source, target in ((0, 1), (1, 0)):
         views = interleaved()[name]
-        x, out = views[source], views[target]
-        expected, kept = _reference.rms_norm(x.copy()), x.copy()
-        assert core_path.rms_norm(x, out=out) is out
-        assert_same_bits(out.copy(), expected, name)
-        assert_same_bits(x.copy(), kept, f"x, {name}")
-        x, residual = interleaved()[name]
-        expected_both = _reference.fused_add_rmsnorm(x.copy(), residual.copy())
-        core_path.fused_add_rmsnorm(x, residual)
-        for actual, result in zip((x, residual), expected_both):
-            assert_same_bits(actual.copy(), result, f"in place, {name}")
+        kept = views[source].copy()
+        arrays = core_path.together({"x": views[source], "out": views[target]})
+        assert core_path.rms_norm(**arrays) is arrays["out"]
+        assert_same_bits(core_path.numpy(arrays["out"]).copy(), _reference.rms_norm(kept), name)
+        assert_same_bits(core_path.numpy(arrays["x"]).copy(), kept, f"x, {name}")
+        views = interleaved()[name]
+        expected = _reference.fused_add_rmsnorm(*(view.copy() for view in views))
+        arrays = core_path.together(dict(zip(("x", "residual"), views)))
+        core_path.fused_add_rmsnorm(**arrays)
+        for actual, result in zip(arrays.values(), expected):
+            assert_same_bits(core_path.numpy(actual).copy(), result, f"in place, {name}")
 
 
 def element_bytes(shape: tuple[int, ...], strides: tuple[int, ...], offset: int, itemsize: int) -> Any:
@@ -371,7 +367,11 @@ def test_every_overlap_is_refused(core_path: Any, data: st.DataObject) -> None:
         reach = [(n - 1) * stride for n, stride in zip(shape, strides)]
         below, above = -sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize
         places.append((strides, data.draw(st.integers(below, max(below, room - above)))))
-    raw = np.resize(np.arange(1, 100, dtype=np.float16), 512).view(np.uint8).copy()
+    before = np.resize(np.arange(1, 100, dtype=np.float16), 512).view(np.uint8).copy()
+    expected = _reference.rms_norm(
+        np.ndarray(shape, dtypes[0], before, places[0][1], places[0][0]).copy(), out_dtype=dtypes[1]
+    )
+    raw = core_path.array(before.copy())
     x, out = (core_path.view(raw, dtype, shape, *place) for dtype, place in zip(dtypes, places))
     x_bytes, out_bytes = (element_bytes(shape, *place, np.dtype(d).itemsize) for d, place in zip(dtypes, places))
     steps = [[stride for n, stride in zip(shape, strides) if n > 1] + [offset] for strides, offset in places]
@@ -379,17 +379,17 @@ def test_every_overlap_is_refused(core_path: Any, data: st.DataObject) -> None:
     shared = not exactly_x and np.intersect1d(x_bytes, out_bytes).size > 0
     in_order = nested(shape, places[1][0], np.dtype(dtypes[1]).itemsize)
     assert np.unique(out_bytes).size == out_bytes.size or not in_order
-    before, expected = raw.copy(), _reference.rms_norm(x.copy(), out_dtype=dtypes[1])
     refused = ""
     try:
         core_path.rms_norm(x, out=out)
     except ValueError as error:
         refused = str(error)
     assert bool(refused) == (shared or not in_order), refused
+    after = core_path.numpy(raw)
     if refused:
         assert "out" in refused
-        assert raw.tobytes() == before.tobytes(), "an error, and yet something was written"
+        assert after.tobytes() == before.tobytes(), "an error, and yet something was written"
         return
-    assert_same_bits(out.copy(), expected, f"{places}")
-    raw[out_bytes] = before[out_bytes]
-    assert raw.tobytes() == before.tobytes()
+    assert_same_bits(core_path.numpy(out).copy(), expected, f"{places}")
+    after[out_bytes] = before[out_bytes]
+    assert after.tobytes() == before.tobytes()

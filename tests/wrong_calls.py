@@ -164,7 +164,8 @@ for slot, name in [("x", "float64"), ("x", "int32"), ("x", "uint8"), ("weight", 
     row(R, slot, f"stub-{name}", TypeError, name, DTYPES, **{slot: partial(stub, "Stub", *n, dtype=name)})
     row(R, slot, f"capsule-{name}", TypeError, name, DTYPES, **{slot: partial(stub, "Capsule", *n, dtype=name)})
 row(R, "x", "two-lanes", TypeError, "lanes|float32x2", x=partial(stub, "Stub", 4, 8, lanes=2))
-row(R, "x", "cuda", RuntimeError, "CUDA", x=partial(stub, "Stub", 4, 8, device_type=2), weight=None, out=None)
+if not fusednorm.info()["cuda"]["available"]:  # where it is, a kernel would run on the stub's host memory
+    row(R, "x", "cuda", RuntimeError, "CUDA", x=partial(stub, "Stub", 4, 8, device_type=2), weight=None, out=None)
 
 # Shapes.
 row(R, "x", "no-elements", ValueError, r"\(0, 0\)|length 0", x=partial(f32, 0, 0), weight=None, out=None)
@@ -233,6 +234,9 @@ for f in (R, F, B):
     for value in ("1e-6", [1e-6], 1j, b"1"):
         row(f, "eps", type(value).__name__, TypeError, type(value).__name__, "number|float", eps=value)
     row(f, "stream", "on-the-cpu", ValueError, "CPU|cpu", stream=1)
+    row(f, "stream", "negative", ValueError, "-1", "negative", stream=-1)
+    for value in ("side", True, 1.5, 2j):
+        row(f, "stream", repr(value), TypeError, re.escape(repr(value)), "__cuda_stream__", stream=value)
     row(f, "epsilon", "unknown", TypeError, UNKNOWN, keywords={"epsilon": 1e-6})
     count = len(REQUIRED[f]) + 2
     row(f, "", "too-many-positional", TypeError, rf"\b{count}\b", rf"\b{count + 1} positional", extra=(0.0,))

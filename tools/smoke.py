@@ -1,6 +1,6 @@
 """Shows that an installed fusednorm is whole and computes the right bits. Needs NumPy only; run outside the checkout.
 
-python smoke.py --version 0.1.0 [--threading none]
+python smoke.py --version 0.1.0 [--threading none] [--cuda 90,90-ptx]
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", required=True, help="the version that the package must have")
     parser.add_argument("--threading", choices=("openmp", "none"), help="how the module must have been built")
+    parser.add_argument("--cuda", help="the architectures it must have been built for; an empty word: none")
     options = parser.parse_args()
     info = fusednorm.info()
 
@@ -30,13 +31,20 @@ def main() -> None:
     assert "site-packages" in folder.parts, f"{folder} is not an installed package"
     for name in ("py.typed", "*.pyi", "data/hidden_states.npz"):
         assert list(folder.glob(name)), f"the installed package lacks {name}"
-    assert not list(folder.rglob("*.c")), "the installed package holds C sources"
+    sources = [name for suffix in ("c", "h", "cu", "cuh") for name in folder.rglob(f"*.{suffix}")]
+    assert not sources, f"the installed package holds sources: {sources}"
     metadata = importlib.metadata.metadata("fusednorm")
     versions = {fusednorm.__version__, info["version"], metadata["Version"]}
     assert versions == {options.version}, f"versions {versions}, expected {options.version}"
     assert "Apache-2.0" in (metadata["License-Expression"] or ""), "the metadata names no license"
     if options.threading:
         assert info["cpu"]["threading"] == options.threading, info["cpu"]
+    if options.cuda is not None:
+        cuda = info["cuda"]
+        assert cuda["built"] is bool(options.cuda), cuda
+        assert cuda["available"] or cuda["reason"], "no CUDA, and no reason"
+        if options.cuda:
+            assert list(cuda["architectures"]) == options.cuda.split(","), cuda
 
     rng = np.random.default_rng(0)
     for dtype in (np.float32, np.float16):
@@ -49,7 +57,8 @@ def main() -> None:
         assert residual_out is residual, "not in place"
         assert same_bits(out, expected[0])
         assert same_bits(residual_out, expected[1])
-    print(f"fusednorm {options.version} in {folder}: {info['compiler']}, {info['cpu']}, NumPy {np.__version__}")
+    print(f"fusednorm {options.version} in {folder}: {info['compiler']}, NumPy {np.__version__}")
+    print(f"cpu: {info['cpu']}\ncuda: {info['cuda']}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ static int refuse(PyObject *exception, const char *function, const fn_array *arr
 static int find_door(fn_state *state, const char *function, const fn_array *array, fn_door_info *info) {
     PyObject *object = array->object; /* borrowed */
     PyTypeObject *type = Py_TYPE(object);
-    *info = (fn_door_info){FN_DOOR_DLPACK, NULL};
+    *info = (fn_door_info){.door = FN_DOOR_DLPACK};
     if (type == state->memmap) {
         info->door = FN_DOOR_NDARRAY;
         return 0;
@@ -64,13 +64,22 @@ static int find_door(fn_state *state, const char *function, const fn_array *arra
     if (fn_torch_ready(state) < 0) return -1;
     if (state->torch.ready) {
         if (type == state->torch.tensor || type == state->torch.parameter) {
-            *info = (fn_door_info){FN_DOOR_TORCH, state->torch.api};
+            *info = (fn_door_info){.door = FN_DOOR_TORCH, .api = state->torch.api};
             return 0;
         }
         if (PyType_IsSubtype(type, state->torch.tensor))
             return refuse(PyExc_TypeError, function, array,
                           ", a subclass of torch.Tensor: only torch.Tensor and torch.nn.Parameter are taken "
                           "(x.as_subclass(torch.Tensor) where the memory is an ordinary tensor's)");
+    }
+    if (fn_cupy_ready(state) < 0) return -1;
+    if (state->cupy.ready && PyType_IsSubtype(type, state->cupy.ndarray)) {
+        if (type != state->cupy.ndarray)
+            return refuse(PyExc_TypeError, function, array,
+                          ", a subclass of cupy.ndarray whose meaning would be lost: pass its cupy.ndarray "
+                          "(x.view(cupy.ndarray))");
+        info->door = FN_DOOR_CUPY;
+        return 0;
     }
     info->api = fn_exchange_api_of(state, type);
     if (info->api) {
@@ -82,15 +91,18 @@ static int find_door(fn_state *state, const char *function, const fn_array *arra
     if (found < 0) return -1;
     if (found) {
         if (is_jax_type(type)) info->door = FN_DOOR_JAX;
+        info->old_torch = state->torch.old_tensor && PyType_IsSubtype(type, state->torch.old_tensor);
         return 0;
     }
     found = has_attribute(type, state->text_cuda_interface);
     if (found < 0) return -1;
-    if (found)
-        return refuse(PyExc_RuntimeError, function, array,
-                      ", a CUDA array, but this fusednorm was built without CUDA: only arrays in CPU memory are taken");
+    if (found) {
+        info->door = FN_DOOR_CUDA_INTERFACE;
+        return 0;
+    }
     return refuse(PyExc_TypeError, function, array,
-                  ": it must be an array (numpy.ndarray, torch.Tensor, jax.Array or anything with __dlpack__)");
+                  ": it must be an array (numpy.ndarray, torch.Tensor, cupy.ndarray, jax.Array or anything with "
+                  "__dlpack__ or __cuda_array_interface__)");
 }
 
 int fn_array_open(fn_state *state, const char *function, const char *name, PyObject *object, fn_array *array) {
@@ -99,9 +111,12 @@ int fn_array_open(fn_state *state, const char *function, const char *name, PyObj
     array->versioned = NULL;
     array->legacy = NULL;
     array->copied = false;
+    array->any_device = false;
+    array->has_stream = false;
+    array->stream = NULL;
     array->many = NULL;
     if (fn_is_exact_ndarray(object)) {
-        array->through = (fn_door_info){FN_DOOR_NDARRAY, NULL};
+        array->through = (fn_door_info){.door = FN_DOOR_NDARRAY};
         return 0;
     }
     PyTypeObject *type = Py_TYPE(object);
@@ -116,15 +131,24 @@ int fn_array_open(fn_state *state, const char *function, const char *name, PyObj
     return 0;
 }
 
-int fn_array_import_foreign(fn_state *state, const char *function, fn_array *array) {
-    return fn_runs_python(array->through.door) ? fn_import_capsule(state, function, array) : 0;
+int fn_array_reach(fn_state *state, const char *function, fn_array *array) {
+    switch (array->through.door) {
+    case FN_DOOR_DLPACK:
+    case FN_DOOR_JAX: return fn_capsule_device(state, function, array);
+    case FN_DOOR_CUPY: return fn_import_cupy(state, function, array);
+    case FN_DOOR_CUDA_INTERFACE: return fn_import_cuda_interface(state, function, array);
+    case FN_DOOR_NDARRAY:
+    case FN_DOOR_TORCH:
+    case FN_DOOR_EXCHANGE: break;
+    }
+    return 0;
 }
 
 int fn_array_import_native(fn_state *state, const char *function, fn_array *array, bool own) {
     if (fn_runs_python(array->through.door)) return 0;
     if (array->versioned || array->many) fn_array_close(array);
     if (array->through.door == FN_DOOR_NDARRAY) return fn_import_ndarray(state, function, array);
-    return fn_import_exchange(function, array, own);
+    return fn_import_exchange(state, function, array, own);
 }
 
 int fn_array_reserve(fn_array *array, int32_t ndim) {
@@ -164,26 +188,42 @@ void fn_array_close(fn_array *array) {
 
 /* ---- results -------------------------------------------------------------------------------------------------------- */
 
-PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype) {
+static PyObject *shape_tuple(const fn_array *array) {
+    PyObject *shape = PyTuple_New(array->view.ndim);
+    for (int32_t i = 0; shape && i < array->view.ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(array->shape[i]);
+        if (!size) Py_CLEAR(shape);
+        else PyTuple_SET_ITEM(shape, i, size);
+    }
+    return shape;
+}
+
+PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype,
+                            const fn_work *work) {
     switch (like->through.door) {
     case FN_DOOR_NDARRAY: return fn_ndarray_allocate(state, function, like, dtype);
-    case FN_DOOR_TORCH: return fn_torch_allocate(state, like, dtype);
+    case FN_DOOR_TORCH: return fn_torch_allocate(state, like, dtype, work);
     case FN_DOOR_EXCHANGE: return fn_exchange_allocate(function, like, dtype);
+    case FN_DOOR_CUPY: return fn_cupy_allocate(state, function, like, dtype, work);
     case FN_DOOR_DLPACK:
-    case FN_DOOR_JAX: break;
+    case FN_DOOR_JAX:
+    case FN_DOOR_CUDA_INTERFACE: break;
     }
-    if (!PyObject_HasAttr(like->object, state->text_array_namespace)) {
+    if (like->through.door == FN_DOOR_CUDA_INTERFACE || !PyObject_HasAttr(like->object, state->text_array_namespace)) {
         PyErr_Format(PyExc_TypeError,
                      "%s: %s is a %s, which has no __array_namespace__ to make a result with: give the outputs "
                      "(out=, and residual_out= where there is one)",
                      function, like->view.name, fn_type_name(like->object));
         return NULL;
     }
-    return fn_buffer_new(state, like, dtype);
+    if (like->view.device_type == FN_CPU) return fn_buffer_new(state, like, dtype);
+    PyObject *shape = shape_tuple(like);
+    return shape ? fn_streams_call(state, "array_api_empty", "(ONs)", like->object, shape, fn_dtypes[dtype].name)
+                 : NULL;
 }
 
 PyObject *fn_array_deliver(fn_state *state, const fn_array *like, PyObject *allocated) {
-    if (!fn_runs_python(like->through.door)) return allocated;
+    if (!Py_IS_TYPE(allocated, state->buffer_type)) return allocated;
     PyObject *namespace = PyObject_CallMethodNoArgs(like->object, state->text_array_namespace);
     PyObject *result = namespace ? PyObject_CallMethodOneArg(namespace, state->text_from_dlpack, allocated) : NULL;
     Py_XDECREF(namespace);

@@ -1,4 +1,5 @@
-/* buffer.c: memory of a result on its way to a framework, which takes it over by its own from_dlpack. */
+/* buffer.c: memory of a result on its way to a framework, which takes it over by its own from_dlpack: our own in CPU
+ * memory; on CUDA the framework's, which allocated it, lent it to us, and gets it back behind the work that fills it. */
 #include "binding.h"
 
 #include <stdlib.h>
@@ -7,22 +8,37 @@ enum { BUFFER_ALIGNMENT = 64 }; /* what JAX needs to share memory and not copy i
 
 typedef struct {
     PyObject_HEAD void *memory;
+    bool on_cuda; /* the memory is the managed tensor's, of one kind or the other */
+    dl_managed_tensor_versioned *versioned;
+    dl_managed_tensor *legacy;
+    void *work, *event; /* the stream that fills it, and a mark behind that work; NULL in a capture */
+    int32_t device_id;
     int32_t ndim;
     fn_dtype dtype;
     int64_t shape[FN_MAX_NDIM], strides[FN_MAX_NDIM];
 } fn_buffer;
 
-PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
+/* Without memory yet. */
+static fn_buffer *new_buffer(fn_state *state, const fn_array *like, fn_dtype dtype, int64_t *elements) {
     fn_buffer *buffer = PyObject_New(fn_buffer, state->buffer_type);
     if (!buffer) return NULL;
+    buffer->memory = NULL;
+    buffer->on_cuda = false;
     buffer->ndim = like->view.ndim;
     buffer->dtype = dtype;
-    int64_t elements = 1;
+    *elements = 1;
     for (int32_t i = like->view.ndim - 1; i >= 0; i--) {
         buffer->shape[i] = like->shape[i];
-        buffer->strides[i] = elements;
-        if (__builtin_mul_overflow(elements, like->shape[i], &elements)) elements = INT64_MAX / 8;
+        buffer->strides[i] = *elements;
+        if (__builtin_mul_overflow(*elements, like->shape[i], elements)) *elements = INT64_MAX / 8;
     }
+    return buffer;
+}
+
+PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
+    int64_t elements;
+    fn_buffer *buffer = new_buffer(state, like, dtype, &elements);
+    if (!buffer) return NULL;
     const size_t bytes =
         ((size_t)elements * (size_t)fn_dtypes[dtype].bytes + BUFFER_ALIGNMENT) & ~(size_t)(BUFFER_ALIGNMENT - 1);
     buffer->memory = aligned_alloc(BUFFER_ALIGNMENT, bytes);
@@ -33,9 +49,41 @@ PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
     return (PyObject *)buffer;
 }
 
+PyObject *fn_buffer_adopt(fn_state *state, fn_array *array, void *work) {
+    void *event = NULL;
+    const fn_status status = fn_cuda_event_record(array->view.device_id, work, &event);
+    if (status != FN_OK) {
+        fn_raise(status);
+        return NULL;
+    }
+    int64_t elements;
+    fn_buffer *buffer = new_buffer(state, array, array->view.dtype, &elements);
+    if (!buffer) {
+        fn_cuda_event_finish(event);
+        return NULL;
+    }
+    buffer->memory = array->view.data;
+    buffer->on_cuda = true;
+    buffer->versioned = array->versioned;
+    buffer->legacy = array->legacy;
+    array->versioned = NULL;
+    array->legacy = NULL;
+    buffer->work = work;
+    buffer->event = event;
+    buffer->device_id = array->view.device_id;
+    return (PyObject *)buffer;
+}
+
+/* The last user is gone, perhaps before the kernel that fills the memory has run. */
+static void release_cuda(const fn_buffer *buffer) {
+    fn_pending_push(buffer->event, buffer->versioned, buffer->legacy);
+    fn_pending_drain();
+}
+
 static void buffer_dealloc(PyObject *self) {
     PyTypeObject *type = Py_TYPE(self);
-    free(((fn_buffer *)self)->memory);
+    if (((fn_buffer *)self)->on_cuda) release_cuda((fn_buffer *)self);
+    else free(((fn_buffer *)self)->memory);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -70,12 +118,23 @@ static void drop_legacy(PyObject *capsule) {
 static dl_tensor buffer_tensor(fn_buffer *buffer) {
     return (dl_tensor){
         .data = buffer->memory,
-        .device = {DL_CPU, 0},
+        .device = {buffer->on_cuda ? DL_CUDA : DL_CPU, buffer->on_cuda ? buffer->device_id : 0},
         .ndim = buffer->ndim,
         .dtype = {(uint8_t)fn_dtypes[buffer->dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[buffer->dtype].bytes), 1},
         .shape = buffer->shape,
         .strides = buffer->strides,
     };
+}
+
+/* The consumer's stream, by DLPack's numbers, goes on behind the work. */
+static int order_consumer(const fn_buffer *buffer, PyObject *stream) {
+    long long number = 1; /* None: the legacy default stream */
+    if (stream && stream != Py_None) number = PyLong_AsLongLong(stream);
+    if (number == -1) return PyErr_Occurred() ? -1 : 0; /* the consumer orders itself */
+    void *consumer = fn_stream_handle((uintptr_t)number);
+    if (consumer == buffer->work) return 0;
+    const fn_status status = fn_cuda_order_streams(buffer->device_id, buffer->work, consumer);
+    return status == FN_OK ? 0 : fn_raise(status);
 }
 
 static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keywords) {
@@ -86,6 +145,7 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keyword
     const bool versioned = max_version && PyTuple_Check(max_version) && PyTuple_GET_SIZE(max_version) > 0 &&
                            PyLong_AsLong(PyTuple_GET_ITEM(max_version, 0)) >= 1;
     if (PyErr_Occurred()) return NULL;
+    if (((fn_buffer *)self)->on_cuda && order_consumer((fn_buffer *)self, stream) < 0) return NULL;
     PyObject *capsule;
     if (versioned) {
         dl_managed_tensor_versioned *managed = malloc(sizeof *managed);
@@ -105,9 +165,9 @@ static PyObject *buffer_dlpack(PyObject *self, PyObject *args, PyObject *keyword
 }
 
 static PyObject *buffer_dlpack_device(PyObject *self, PyObject *unused) {
-    (void)self;
     (void)unused;
-    return Py_BuildValue("(ii)", DL_CPU, 0);
+    const fn_buffer *buffer = (fn_buffer *)self;
+    return Py_BuildValue("(ii)", buffer->on_cuda ? DL_CUDA : DL_CPU, buffer->on_cuda ? (int)buffer->device_id : 0);
 }
 
 static PyMethodDef buffer_methods[] = {

@@ -22,23 +22,26 @@ static int refuse_tensor(const char *function, const fn_array *array, const char
     return -1;
 }
 
-static int check_device(const char *function, fn_array *array, dl_device device) {
+static int check_device(fn_state *state, const char *function, fn_array *array, dl_device device) {
+    char where[32];
     switch (device.type) {
     case DL_CPU:
     case DL_CUDA_HOST: /* pinned, the CPU's own memory */
         array->view.device_type = FN_CPU;
         array->view.device_id = 0;
+        array->any_device = false;
         return 0;
     case DL_CUDA:
     case DL_CUDA_MANAGED:
-        PyErr_Format(
-            PyExc_RuntimeError,
-            "%s: %s is on cuda:%d, but this fusednorm was built without CUDA: only arrays in CPU memory are taken",
-            function, array->view.name, (int)device.id);
-        return -1;
+        array->view.device_type = FN_CUDA;
+        array->view.device_id = device.id;
+        array->any_device = device.type == DL_CUDA_MANAGED;
+        if (state->cuda_is_there) return 0;
+        PyOS_snprintf(where, sizeof where, "on cuda:%d", (int)device.id);
+        return fn_require_cuda(state, function, array, where);
     default:
-        PyErr_Format(PyExc_ValueError, "%s: %s is on DLPack device type %d: it must be in CPU memory", function,
-                     array->view.name, (int)device.type);
+        PyErr_Format(PyExc_ValueError, "%s: %s is on DLPack device type %d: it must be in CPU memory or on CUDA",
+                     function, array->view.name, (int)device.type);
         return -1;
     }
 }
@@ -48,13 +51,13 @@ static int check_device(const char *function, fn_array *array, dl_device device)
 static const uint32_t dtype_keys[FN_DTYPE_COUNT] = {FN_FOR_EACH_DTYPE(DTYPE_KEY_ROW)};
 
 /* Copies what a borrowed tensor says: its shape and strides may not outlive the next call into Python. */
-static int take_tensor(const char *function, fn_array *array, const dl_tensor *tensor, bool readonly) {
+static int take_tensor(fn_state *state, const char *function, fn_array *array, const dl_tensor *tensor, bool readonly) {
     fn_tensor *view = &array->view;
     const uint32_t wanted = DTYPE_KEY(tensor->dtype.code, tensor->dtype.bits, tensor->dtype.lanes);
     int dtype = 0;
     while (dtype < FN_DTYPE_COUNT && dtype_keys[dtype] != wanted) dtype++;
     if (dtype == FN_DTYPE_COUNT) return refuse_dtype(function, array, tensor->dtype);
-    if (check_device(function, array, tensor->device) < 0) return -1;
+    if (check_device(state, function, array, tensor->device) < 0) return -1;
     if (tensor->ndim < 0 || tensor->ndim > FN_MAX_NDIM)
         return refuse_tensor(function, array, "its number of dimensions is not in 0 to 64");
     if (tensor->ndim > 0 && !tensor->shape) return refuse_tensor(function, array, "its shape is NULL");
@@ -74,10 +77,13 @@ static int take_tensor(const char *function, fn_array *array, const dl_tensor *t
     view->data = tensor->data ? (char *)tensor->data + tensor->byte_offset : NULL;
     view->dtype = (fn_dtype)dtype;
     view->readonly = readonly;
-    return 0;
+    if (!array->any_device) return 0;
+    const fn_status status = fn_cuda_current_device(&view->device_id); /* DLPack names none for managed memory */
+    return status == FN_OK ? 0 : fn_raise(status);
 }
 
-static int take_versioned(const char *function, fn_array *array, dl_managed_tensor_versioned *managed) {
+static int take_versioned(fn_state *state, const char *function, fn_array *array,
+                          dl_managed_tensor_versioned *managed) {
     array->versioned = managed;
     if (managed->version.major != 1) {
         PyErr_Format(PyExc_BufferError, "%s: %s exports DLPack %u.%u: version 1 is understood", function,
@@ -85,7 +91,7 @@ static int take_versioned(const char *function, fn_array *array, dl_managed_tens
         return -1;
     }
     array->copied = (managed->flags & DL_FLAG_IS_COPIED) != 0;
-    return take_tensor(function, array, &managed->tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0);
+    return take_tensor(state, function, array, &managed->tensor, (managed->flags & DL_FLAG_READ_ONLY) != 0);
 }
 
 /* ---- the C exchange API ----------------------------------------------------------------------------------------------- */
@@ -169,16 +175,16 @@ static int lend_failed(const char *function, const fn_array *array) {
     return -1;
 }
 
-int fn_import_exchange(const char *function, fn_array *array, bool own) {
+int fn_import_exchange(fn_state *state, const char *function, fn_array *array, bool own) {
     const dl_exchange_api *api = array->through.api;
     if (!own && api->borrow_from_object) {
         dl_tensor tensor;
         if (api->borrow_from_object(array->object, &tensor) != 0) return lend_failed(function, array);
-        return take_tensor(function, array, &tensor, false);
+        return take_tensor(state, function, array, &tensor, false);
     }
     dl_managed_tensor_versioned *managed = NULL;
     if (api->managed_from_object(array->object, &managed) != 0 || !managed) return lend_failed(function, array);
-    return take_versioned(function, array, managed);
+    return take_versioned(state, function, array, managed);
 }
 
 typedef struct {
@@ -195,7 +201,7 @@ PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dt
     int64_t shape[FN_MAX_NDIM];
     memcpy(shape, like->shape, sizeof shape[0] * (size_t)like->view.ndim);
     dl_tensor prototype = {
-        .device = {DL_CPU, 0},
+        .device = {like->view.device_type == FN_CUDA ? DL_CUDA : DL_CPU, like->view.device_id},
         .ndim = like->view.ndim,
         .dtype = {(uint8_t)fn_dtypes[dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[dtype].bytes), 1},
         .shape = shape,
@@ -220,20 +226,32 @@ PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dt
 
 /* ---- capsules ----------------------------------------------------------------------------------------------------------- */
 
-static PyObject *call_dlpack(fn_state *state, PyObject *object) {
-    PyObject *arguments[] = {object, state->max_version};
+/* DLPack's number for a stream: 0 is forbidden, since None means something else than NULL. */
+static PyObject *stream_number(const fn_work *work) {
+    return PyLong_FromUnsignedLongLong(work->handle ? (unsigned long long)(uintptr_t)work->handle : 1);
+}
+
+/* `work`: NULL in CPU memory, where there is no stream to pass. */
+static PyObject *call_dlpack(fn_state *state, PyObject *object, const fn_work *work) {
+    PyObject *stream = work ? stream_number(work) : NULL; /* owned */
+    if (work && !stream) return NULL;
+    PyObject *arguments[] = {object, stream ? stream : state->max_version, state->max_version};
     PyObject *capsule = PyObject_VectorcallMethod(state->text_dlpack, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET,
-                                                  state->max_version_keywords);
-    if (capsule || !PyErr_ExceptionMatches(PyExc_TypeError)) return capsule;
-    PyErr_Clear(); /* a producer from before DLPack 1.0 takes no max_version */
-    return PyObject_CallMethodNoArgs(object, state->text_dlpack);
+                                                  stream ? state->stream_keywords : state->max_version_keywords);
+    if (!capsule && PyErr_ExceptionMatches(PyExc_TypeError)) {
+        PyErr_Clear(); /* a producer from before DLPack 1.0 takes no max_version */
+        capsule = PyObject_VectorcallMethod(state->text_dlpack, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET,
+                                            stream ? state->stream_keyword : NULL);
+    }
+    Py_XDECREF(stream);
+    return capsule;
 }
 
 /* Of a jax array that was deleted, __dlpack_device__ says something about NoneType, and __dlpack__ that it was deleted. */
 static int better_reason(fn_state *state, PyObject *object) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    PyObject *capsule = call_dlpack(state, object);
+    PyObject *capsule = call_dlpack(state, object, NULL);
     if (capsule) {
         Py_DECREF(capsule); /* unused, it releases its tensor */
         PyErr_Restore(type, value, traceback);
@@ -245,8 +263,20 @@ static int better_reason(fn_state *state, PyObject *object) {
     return -1;
 }
 
-/* Checks the device that the object names, before it is asked for its memory. */
-static int capsule_device(fn_state *state, const char *function, fn_array *array) {
+/* torch before 2.10 has no table to ask. */
+static int old_torch_stream(fn_state *state, fn_array *array) {
+    PyObject *number = fn_streams_call(state, "torch_current", "(i)", (int)array->view.device_id);
+    const unsigned long long handle = number ? PyLong_AsUnsignedLongLong(number) : 0;
+    Py_XDECREF(number);
+    if (PyErr_Occurred()) return -1;
+    array->stream = fn_stream_handle((uintptr_t)handle);
+    array->has_stream = true;
+    return 0;
+}
+
+/* The device that the object names, before it is asked for its memory. */
+int fn_capsule_device(fn_state *state, const char *function, fn_array *array) {
+    array->view.device_type = FN_CPU;
     PyObject *pair = PyObject_CallMethodNoArgs(array->object, state->text_dlpack_device);
     if (!pair) {
         if (PyErr_ExceptionMatches(PyExc_TypeError)) return better_reason(state, array->object);
@@ -264,23 +294,23 @@ static int capsule_device(fn_state *state, const char *function, fn_array *array
     }
     Py_DECREF(pair);
     if (PyErr_Occurred()) return -1;
-    return check_device(function, array, (dl_device){type, id});
+    if (check_device(state, function, array, (dl_device){type, id}) < 0) return -1;
+    return array->through.old_torch && array->view.device_type == FN_CUDA ? old_torch_stream(state, array) : 0;
 }
 
-int fn_import_capsule(fn_state *state, const char *function, fn_array *array) {
-    if (capsule_device(state, function, array) < 0) return -1;
-    PyObject *capsule = call_dlpack(state, array->object);
+int fn_import_capsule(fn_state *state, const char *function, fn_array *array, const fn_work *work) {
+    PyObject *capsule = call_dlpack(state, array->object, work);
     if (!capsule) return -1;
     int result = -1;
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         dl_managed_tensor_versioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
         if (PyCapsule_SetName(capsule, "used_dltensor_versioned") == 0)
-            result = take_versioned(function, array, managed);
+            result = take_versioned(state, function, array, managed);
     } else if (PyCapsule_IsValid(capsule, "dltensor")) {
         dl_managed_tensor *managed = PyCapsule_GetPointer(capsule, "dltensor");
         if (PyCapsule_SetName(capsule, "used_dltensor") == 0) {
             array->legacy = managed;
-            result = take_tensor(function, array, &managed->tensor, false);
+            result = take_tensor(state, function, array, &managed->tensor, false);
         }
     } else if (PyCapsule_CheckExact(capsule)) {
         const char *name = PyCapsule_GetName(capsule);
@@ -294,5 +324,9 @@ int fn_import_capsule(fn_state *state, const char *function, fn_array *array) {
                      array->view.name, fn_type_name(capsule));
     }
     Py_DECREF(capsule);
+    if (result == 0 && !work && array->view.device_type == FN_CUDA) {
+        array->stream = NULL; /* a producer that is told no stream makes its memory ready on the legacy default one */
+        array->has_stream = true;
+    }
     return result;
 }

@@ -3,14 +3,16 @@
 #define FUSEDNORM_DOCS_H
 
 #define DOC_ARRAYS                                                                                                     \
-    "Arrays may be numpy.ndarray (bfloat16 through ml_dtypes), torch.Tensor, jax.Array or anything with\n"             \
-    "__dlpack__; each is float32, float16 or bfloat16, independently, with any strides and alignment.\n"               \
-    "A new array is C-contiguous and belongs to x's framework.\n"
+    "Arrays may be numpy.ndarray (bfloat16 through ml_dtypes), torch.Tensor, cupy.ndarray, jax.Array or anything\n"    \
+    "with __dlpack__ or __cuda_array_interface__, all in CPU memory or all on one CUDA device; each is float32,\n"     \
+    "float16 or bfloat16, independently, with any strides and alignment. A new array is C-contiguous and belongs\n"    \
+    "to x's framework.\n"
 
 #define DOC_ERRORS                                                                                                     \
     "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping\n"                 \
     "outputs), BufferError (a read-only output) or RuntimeError (a tensor that requires grad in grad mode,\n"          \
-    "a CUDA array, FUSEDNORM_CPU) that names the argument; nothing has been written then.\n"
+    "a CUDA array where CUDA is not built, a CUDA error, FUSEDNORM_CPU) that names the argument; nothing has been\n"   \
+    "written then, unless CUDA itself failed.\n"
 
 #define DOC_RMS_NORM                                                                                                   \
     "rms_norm($module, x, weight=None, eps=1e-06, *, weight_offset=0.0, cast_x_before_out_mul=False, "                 \
@@ -20,7 +22,8 @@
     "weight_offset: added to the weight in float32 (Gemma: 1.0).\n"                                                    \
     "cast_x_before_out_mul: round the normalised value to x's dtype before the weight (Hugging Face Llama).\n"         \
     "out: array of x's shape to write, which may be x itself. out_dtype: of a new result; x's by default.\n"           \
-    "stream: for CUDA arrays; must be None here.\n"                                                                    \
+    "stream: for CUDA arrays alone: queue the work on this stream (a cudaStream_t as an integer, or an object with\n"  \
+    "__cuda_stream__, cuda_stream or ptr) and not on the current one of x's framework. The call does not wait.\n"      \
     "Returns out.\n\n" DOC_ARRAYS "\n"                                                                                 \
     "The bits of a row depend on its values, H, the dtypes and the options alone: not on the batch, strides,\n"        \
     "alignment, threads or processor. docs/numerics.md states every rounding.\n\n" DOC_ERRORS
@@ -51,7 +54,7 @@
 #define DOC_INFO                                                                                                       \
     "info($module, /)\n--\n\n"                                                                                         \
     "What was built and what this machine can run: a new dict with version, compiler, cpu (path, built,\n"             \
-    "available, threading, num_threads) and cuda (built, available, reason)."
+    "available, threading, num_threads) and cuda (built, available, reason, runtime, driver, architectures, devices)."
 
 #define DOC_GET_NUM_THREADS                                                                                            \
     "get_num_threads($module, /)\n--\n\n"                                                                              \
@@ -60,6 +63,28 @@
 #define DOC_SET_NUM_THREADS                                                                                            \
     "set_num_threads($module, n, /)\n--\n\n"                                                                           \
     "Sets the threads, n >= 1, that one large call on the CPU may use, for the whole process. No bit depends on it."
+
+#define DOC_WARMUP                                                                                                     \
+    "warmup($module, device=None)\n--\n\n"                                                                             \
+    "Loads every kernel on a CUDA device (a number, 'cuda:1', a torch.device; None: the current one), so that the\n"   \
+    "first calls, and the capture of a CUDA graph, find them loaded."
+
+#define DOC_GET_WEIGHTS_ARE_CONSTANT                                                                                   \
+    "get_weights_are_constant($module, /)\n--\n\n"                                                                     \
+    "What set_weights_are_constant set for the process."
+
+#define DOC_SET_WEIGHTS_ARE_CONSTANT                                                                                    \
+    "set_weights_are_constant($module, constant, /)\n--\n\n"                                                            \
+    "The caller's promise, for the whole process where no weights_are_constant() says otherwise, that no CUDA kernel\n" \
+    "which may still be running writes a weight: a norm may then read it before the preceding kernel has finished."
+
+#define DOC_PROMISE_WEIGHTS                                                                                            \
+    "_promise_weights($module, constant, /)\n--\n\n"                                                                   \
+    "Sets the promise of weights_are_constant() in this context and returns the token that undoes it."
+
+#define DOC_FORCE_CUDA_SCHEDULE                                                                                        \
+    "_force_cuda_schedule($module, name, /)\n--\n\n"                                                                   \
+    "For tests: use the named CUDA schedule wherever it can run; None returns to the policy."
 
 #define DOC_FORCE_CPU_PATH                                                                                             \
     "_force_cpu_path($module, name, /)\n--\n\n"                                                                        \

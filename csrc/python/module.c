@@ -33,11 +33,12 @@ static PyObject *py_info(PyObject *module, PyObject *unused) {
         fn_raise(status);
         return NULL;
     }
-    return Py_BuildValue("{s:s, s:s, s:{s:s, s:N, s:N, s:s, s:i}, s:{s:O, s:O, s:s}}", "version", FN_VERSION,
-                         "compiler", COMPILER, "cpu", "path", fn_path_name(path), "built",
-                         paths_where(fn_path_is_built), "available", paths_where(fn_path_is_available), "threading",
-                         fn_cpu_threading(), "num_threads", fn_get_num_threads(), "cuda", "built", Py_False,
-                         "available", Py_False, "reason", "this version of fusednorm has no CUDA kernels");
+    PyObject *cuda = fn_cuda_info_dict();
+    if (!cuda) return NULL;
+    return Py_BuildValue("{s:s, s:s, s:{s:s, s:N, s:N, s:s, s:i}, s:N}", "version", FN_VERSION, "compiler", COMPILER,
+                         "cpu", "path", fn_path_name(path), "built", paths_where(fn_path_is_built), "available",
+                         paths_where(fn_path_is_available), "threading", fn_cpu_threading(), "num_threads",
+                         fn_get_num_threads(), "cuda", cuda);
 }
 
 static PyObject *py_get_num_threads(PyObject *module, PyObject *unused) {
@@ -89,7 +90,12 @@ static PyMethodDef methods[] = {
     {"info", py_info, METH_NOARGS, DOC_INFO},
     {"get_num_threads", py_get_num_threads, METH_NOARGS, DOC_GET_NUM_THREADS},
     {"set_num_threads", py_set_num_threads, METH_O, DOC_SET_NUM_THREADS},
+    {"warmup", FASTCALL(fn_py_warmup), DOC_WARMUP},
+    {"get_weights_are_constant", fn_py_get_weights_are_constant, METH_NOARGS, DOC_GET_WEIGHTS_ARE_CONSTANT},
+    {"set_weights_are_constant", fn_py_set_weights_are_constant, METH_O, DOC_SET_WEIGHTS_ARE_CONSTANT},
+    {"_promise_weights", fn_py_promise_weights, METH_O, DOC_PROMISE_WEIGHTS},
     {"_force_cpu_path", py_force_cpu_path, METH_O, DOC_FORCE_CPU_PATH},
+    {"_force_cuda_schedule", fn_py_force_cuda_schedule, METH_O, DOC_FORCE_CUDA_SCHEDULE},
     {NULL, NULL, 0, NULL},
 };
 
@@ -105,8 +111,13 @@ static int module_exec(PyObject *module) {
         if (fn_signature_ready(state, fn_signatures[i]) < 0) return -1;
     state->max_version = Py_BuildValue("(ii)", 1, 3);
     state->max_version_keywords = Py_BuildValue("(s)", "max_version");
+    state->stream_keyword = Py_BuildValue("(s)", "stream");
+    state->stream_keywords = Py_BuildValue("(ss)", "stream", "max_version");
+    state->weights_promise = PyContextVar_New("fusednorm.weights_are_constant", NULL);
     state->buffer_type = (PyTypeObject *)PyType_FromSpec(&fn_buffer_spec);
-    if (!state->max_version || !state->max_version_keywords || !state->buffer_type) return -1;
+    if (!state->max_version || !state->max_version_keywords || !state->stream_keyword || !state->stream_keywords ||
+        !state->weights_promise || !state->buffer_type)
+        return -1;
     return fn_ndarray_ready(state);
 }
 
@@ -118,6 +129,10 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg) {
     Py_VISIT(state->torch.tensor);
     Py_VISIT(state->torch.parameter);
     Py_VISIT(state->torch.forward_ad_globals);
+    Py_VISIT(state->torch.old_tensor);
+    Py_VISIT(state->cupy.ndarray);
+    Py_VISIT(state->streams);
+    Py_VISIT(state->weights_promise);
     for (int i = 0; i < FN_DOOR_CACHE; i++) Py_VISIT(state->doors[i].type);
     return 0;
 }
@@ -126,6 +141,7 @@ static int module_clear(PyObject *module) {
     fn_state *state = fn_state_of(module);
     fn_torch *torch = &state->torch;
     torch->ready = false;
+    state->cupy.ready = false;
     PyObject **const owned[] = {(PyObject **)&state->memmap,
                                 (PyObject **)&state->buffer_type,
                                 (PyObject **)&state->bfloat16,
@@ -145,6 +161,15 @@ static int module_clear(PyObject *module) {
                                 &torch->dtypes[FN_FLOAT16],
                                 &torch->dtypes[FN_BFLOAT16],
                                 &torch->empty_like_keywords,
+                                (PyObject **)&torch->old_tensor,
+                                (PyObject **)&state->cupy.ndarray,
+                                &state->cupy.empty,
+                                &state->cupy.get_current_stream,
+                                &state->cupy.get_device,
+                                &state->stream_keyword,
+                                &state->stream_keywords,
+                                &state->streams,
+                                &state->weights_promise,
 #define FN_STATE_ADDRESS(member, text) &state->member,
                                 FN_STATE_OBJECTS(FN_STATE_ADDRESS)
 #undef FN_STATE_ADDRESS
@@ -155,6 +180,7 @@ static int module_clear(PyObject *module) {
 }
 
 static void module_free(void *module) {
+    fn_pending_finish();
     fn_state *state = fn_state_of(module);
     for (int i = 0; i < FN_SIGNATURES; i++) {
         PyObject **names = state->parameter_names[fn_signatures[i]->number];

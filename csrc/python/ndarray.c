@@ -93,6 +93,10 @@ static PyArray_Descr *new_descriptor(fn_state *state, const char *function, fn_d
     return descr;
 }
 
+PyObject *fn_new_descriptor(fn_state *state, const char *function, fn_dtype dtype) {
+    return (PyObject *)new_descriptor(state, function, dtype);
+}
+
 PyObject *fn_ndarray_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype) {
     PyArray_Descr *descr = new_descriptor(state, function, dtype);
     if (!descr) return NULL;

@@ -37,7 +37,7 @@ int fn_torch_ready(fn_state *state) {
     }
     const dl_exchange_api *api = fn_exchange_api_of(state, (PyTypeObject *)tensor);
     if (!api) { /* before torch 2.10: its tensors come by __dlpack__, which checks what we would */
-        Py_DECREF(tensor);
+        Py_XSETREF(torch->old_tensor, (PyTypeObject *)tensor);
         PyErr_Clear();
         return 0;
     }
@@ -157,7 +157,7 @@ int fn_torch_check(fn_state *state, const char *function, fn_array *const *array
 
 /* ---- results -------------------------------------------------------------------------------------------------------------- */
 
-PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype) {
+PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype, const fn_work *work) {
     const fn_torch *torch = &state->torch;
     int64_t compact = fn_dtypes[like->view.dtype].bytes;
     bool contiguous = dtype == like->view.dtype;
@@ -165,6 +165,10 @@ PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtyp
         if (like->shape[i] != 1 && like->stride_bytes[i] != compact) contiguous = false;
         compact *= like->shape[i];
     }
+    /* Torch reuses memory in the order of the stream that it was allocated on, so that must be the call's. */
+    if (work->given && like->has_stream && like->stream != work->handle)
+        return fn_streams_call(state, "torch_empty_like", "(OOKi)", like->object, torch->dtypes[dtype],
+                               (unsigned long long)(uintptr_t)work->handle, (int)like->view.device_id);
     PyObject *arguments[] = {like->object, torch->dtypes[dtype], torch->contiguous_format};
     return PyObject_Vectorcall(torch->empty_like, arguments, 1, contiguous ? NULL : torch->empty_like_keywords);
 }

@@ -2,11 +2,15 @@
 
 - operands.py: the arrays, random ones and a real model's hidden states
 - oracle.py: the exact results that everything is counted against
-- peers.py: the norms and their registry; torch_peers.py: those of PyTorch
-- measure.py: counts, batch invariance, time; run.py: all of it in one report
+- peers.py: the norms and their registry; torch_peers.py: those of PyTorch; cuda_peers.py: those on CUDA alone;
+  peer_files.py: those of `--peer FILE`
+- measure.py: counts, batch invariance, time; trial.py: calls that may end their process, in another one;
+  run.py: all of it in one report
 - report.py: the report as a table or as JSON; plot.py: as bars; progress.py, cli.py: the command
 """
 
+from .cuda_peers import KernelPeer
+from .peers import Absent, Peer, declared
 from .run import Found, Options, Report, audit, find
 
-__all__ = ["Found", "Options", "Report", "audit", "find"]
+__all__ = ["Absent", "Found", "KernelPeer", "Options", "Peer", "Report", "audit", "declared", "find"]

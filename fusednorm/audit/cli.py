@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import secrets
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from . import plot, report
 from .measure import OPERATIONS
 from .operands import DTYPES, sources
+from .peer_files import WrongFile
+from .peers import DEVICES, absent_package, cuda_reason
 from .progress import progress_bar
-from .run import Options, audit, find
+from .run import Found, Options, audit, find
 
 SUMMARY = "count what every RMSNorm found here rounds differently from the exact result"
 DESCRIPTION = """Compares every RMSNorm found in this installation (fusednorm under each preset, NumPy, and those of
-PyTorch and transformers where they are installed) with the exact result, with HF eager, with itself in batches of
-other sizes, and in time; on random data and on the hidden states of a real model."""
+PyTorch and transformers where they are installed; on CUDA also FlashInfer, QuACK, Liger, vLLM and SGLang) with the
+exact result, with HF eager, with itself in batches of other sizes and on the CPU, and in time; on random data and on
+the hidden states of a real model."""
 EXAMPLES = """examples:
   python -m fusednorm audit                                 everything that is found; a minute or two
   python -m fusednorm audit --quick                         small arrays, without torch.compile: seconds
   python -m fusednorm audit --list                          what was found, and what is absent and why
+  python -m fusednorm audit --device cuda --peer mine.py    on CUDA alone, with the kernels of a file of yours
   python -m fusednorm audit --plot audit.png --json a.json  also as a picture and as data
   python -m fusednorm audit --peers fusednorm,torch:hf --dtype bf16 --columns 4096 --data random
 """
@@ -49,6 +55,13 @@ def _at_least(least: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _input(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no such file")
+    return path
 
 
 def _output(endings: tuple[str, ...], dash: bool = False) -> Callable[[str], Path]:
@@ -81,6 +94,10 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("--operation", type=_names(OPERATIONS), default=tuple(OPERATIONS), metavar="NAMES", help=",".join(OPERATIONS))
     add("--peers", type=lambda text: tuple(text.split(",")), default=(), metavar="NAMES",
         help="only these: names, their beginnings or patterns, as --list shows them")  # fmt: skip
+    add("--device", type=_names(DEVICES), metavar="NAMES",
+        help="cpu,cuda (both where torch and a CUDA device are found; else cpu)")  # fmt: skip
+    add("--peer", type=_input, action="append", default=[], metavar="FILE",
+        help="also the norms of this Python file's list PEERS (see fusednorm/audit/peer_files.py)")  # fmt: skip
     add("--seed", type=_at_least(0), metavar="N", help="of the random data (a fresh one, shown in the output)")
     add("--threads", type=_at_least(1), metavar="N", help="of every package that can be told (default: as they are)")
     add("--quick", action="store_true", help="small arrays, fewer batch sizes, no torch.compile")
@@ -90,14 +107,52 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.set_defaults(run=run, parser=parser)
 
 
+@contextlib.contextmanager
+def _stdout_is_ours() -> Iterator[None]:
+    """What packages print meanwhile, from Python or from C, goes to stderr: stdout is the report's alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _devices(asked: tuple[str, ...] | None) -> tuple[tuple[str, ...], str | None]:
+    """The devices, and why CUDA is not among them where nobody decided that."""
+    if asked is not None:
+        return asked, None
+    reason = cuda_reason() or absent_package("torch")
+    return (DEVICES, None) if reason is None else (("cpu",), reason)
+
+
+def _without_peers(devices: tuple[str, ...], found: list[Found]) -> str | None:
+    """A device on which nothing can run, in words, or None."""
+    for device in devices:
+        reasons = [each.absent for each in found if each.peer.device == device]
+        if reasons and all(reasons):
+            return f"--device {device}: nothing can run there: {reasons[0]}"
+    return None
+
+
 def run(arguments: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = arguments.parser
-    found = find(arguments.peers, arguments.quick)
+    devices, without_cuda = _devices(arguments.device)
+    try:
+        found = find(arguments.peers, arguments.quick, devices=devices, files=tuple(arguments.peer))
+    except WrongFile as error:
+        parser.error(f"--peer {error}")
     if not found:
         parser.error(f"--peers {','.join(arguments.peers)} selects nothing: --list shows the names")
     if arguments.list:
-        print("\n".join(report.describe(found)))
+        print("\n".join(report.describe(found, without_cuda)))
         return 0
+    nothing = _without_peers(devices, found) if arguments.device else None
+    if nothing:
+        parser.error(nothing)
     if arguments.plot is not None:
         reason = plot.missing()
         if reason:
@@ -110,12 +165,15 @@ def run(arguments: argparse.Namespace) -> int:
         data=arguments.data,
         operations=arguments.operation,
         peers=arguments.peers,
+        files=tuple(arguments.peer),
         seed=secrets.randbelow(2**32) if arguments.seed is None else arguments.seed,
         quick=arguments.quick,
         threads=arguments.threads,
     )
-    with progress_bar() as progress:
+    with progress_bar() as progress, _stdout_is_ours():
         result = audit(options, found, progress)
+    if without_cuda is not None:
+        result.missing.append(f"CUDA is left out: {without_cuda}")
     if arguments.json is not None and str(arguments.json) == "-":
         report.write_json(result, sys.stdout)
     else:
@@ -124,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
             with arguments.json.open("w", encoding="utf-8") as stream:
                 report.write_json(result, stream)
             print(f"data: {arguments.json}", file=sys.stderr)
-    if arguments.plot is not None:
+    if arguments.plot is not None and result.tables:
         plot.draw(result, arguments.plot)
         print(f"plot: {arguments.plot}", file=sys.stderr)
-    return 0
+    return 0 if result.tables else 1

@@ -1,11 +1,15 @@
 """The RMSNorms that the audit compares, and the registry that holds them.
 
 A peer is a small class. To add one (a package's norm, a CUDA kernel, a product), write a subclass in a module that
-imports its package inside `load` alone, put an instance in that module's list and the list in `registry`.
+imports its package inside `load` alone, put an instance in that module's list and the list in `registry`; or leave the
+package as it is and name the module in `--peer FILE`: its list PEERS then joins the registry (peer_files.py).
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
+from collections.abc import Callable, Mapping
 from importlib import metadata, util
 from typing import Any
 
@@ -17,8 +21,12 @@ import fusednorm
 from .operands import Operands
 
 Array = npt.NDArray[Any]
+# What is rounded to the dtype before the result: "s" (x + residual), "s after variance" (the variance is taken from the
+# fp32 sum), "y" (s / rms, before the weight).
+Points = tuple[str, ...]
 BASE = "fusednorm:hf_llama"  # times are relative to it
 EAGER = "torch:hf"  # "from HF eager" is counted against it
+DEVICES = ("cpu", "cuda")
 
 
 class Absent(Exception):
@@ -34,19 +42,42 @@ def absent_package(package: str) -> str | None:
     return None if found else f"{package} is not installed"
 
 
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+def cuda_reason() -> str | None:
+    """Why no CUDA device can be used here, or None. Asks the driver; imports nothing."""
+    if fusednorm.info()["cuda"]["available"]:
+        return None
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return "no CUDA driver (libcuda.so.1) was found"
+    count = ctypes.c_int(0)
+    for name, arguments in (("cuInit", (0,)), ("cuDeviceGetCount", (ctypes.byref(count),))):
+        status = getattr(driver, name)(*arguments)
+        if status:
+            return f"{name} of the CUDA driver failed with error {status}"
+    return None if count.value else "the CUDA driver sees no device"
+
+
 class Peer:
-    """One RMSNorm, on the operations that it names."""
+    """One RMSNorm on one device, on the operations that it names. Name and device together are its identity."""
 
     name = ""  # what --peers matches
     label = ""  # what tables show
-    package = ""
+    package = ""  # the distribution, as pip names it
+    imports = ""  # its module, where that has another name
     device = "cpu"
     slow = False  # left out by --quick
+    risky = False  # tried in a process of its own first, for it may end the process that calls it (trial.py)
     operations: tuple[str, ...] = ("rms_norm", "fused_add_rmsnorm")
+    declares: Mapping[str, Points] = {}  # for an operation: where its code or documentation says that it rounds
 
     def available(self) -> str | None:
         """A reason why not, or None. Cheap: it may look for packages and programs, and import nothing."""
-        return absent_package(self.package)
+        return absent_package(self.imports or self.package)
 
     def version(self) -> str:
         try:
@@ -78,12 +109,47 @@ class Peer:
     def synchronise(self) -> None:
         """Returns when the work of all calls is done."""
 
+    def healthy(self) -> bool:
+        """Can the device still compute? A CUDA error may end the context, and with it every peer of this process."""
+        return True
+
+    def describe_device(self) -> str | None:
+        """The device and its software in words, once loaded."""
+        return None
+
+    def on_cpu(self) -> Peer | None:
+        """The same norm on the CPU, for a peer of another device: what its bits are counted against."""
+        return None
+
+    def call_to_time(self, operation: str, arrays: Mapping[str, Any], eps: float) -> Callable[[], Any]:
+        """A call of the operation as its users make it; `arrays` holds that operation's arguments."""
+        method = getattr(self, operation)
+        return lambda: method(**arrays, eps=eps)
+
+    def seconds(self, one_call: Callable[[], Any]) -> float:
+        """Of the second of two calls, so that every peer finds in the caches what it left there itself."""
+        one_call()
+        self.synchronise()
+        start = time.perf_counter()
+        result = one_call()
+        self.synchronise()
+        took = time.perf_counter() - start
+        del result  # its memory goes back outside of the time
+        return took
+
     def threads(self) -> int | None:
         """How many a call may use, where the package says so."""
         return None
 
     def set_threads(self, threads: int) -> None:
         """Called after `load`, where a number is asked for."""
+
+
+def declared(cast: bool, round_sum: bool | str = False) -> dict[str, Points]:
+    """`Peer.declares` by the two keywords that place our own roundings."""
+    s: dict[bool | str, Points] = {False: (), True: ("s",), "after_variance": ("s after variance",)}
+    y: Points = ("y",) if cast else ()
+    return {"rms_norm": y, "fused_add_rmsnorm": (*s[round_sum], *y)}
 
 
 class Ours(Peer):
@@ -99,6 +165,7 @@ class Ours(Peer):
             change = {False: "fp32 sum", True: "rounded sum", "after_variance": "fp32 variance"}[round_sum]
             self.name, self.label = f"{self.name}+{change.replace(' ', '_')}", f"{self.label}, {change}"
             self.operations = ("fused_add_rmsnorm",)
+        self.declares = declared(self.fused["cast_x_before_out_mul"], self.fused["round_sum"])
 
     def available(self) -> str | None:
         return None
@@ -139,6 +206,7 @@ class PlainNumpy(Peer):
     name = "numpy"
     label = "NumPy, all in fp32"
     package = "numpy"
+    declares = declared(cast=False)
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
         return self._norm(x.astype(np.float32), weight, eps).astype(x.dtype)
@@ -152,15 +220,21 @@ class PlainNumpy(Peer):
         return s / np.sqrt(np.mean(s * s, axis=-1, keepdims=True) + np.float32(eps)) * weight.astype(np.float32)
 
 
-def registry() -> list[Peer]:
-    """Every norm that the audit knows, in the order of its tables."""
-    from . import torch_peers
-
-    ours: list[Peer] = []
+def ours() -> list[Ours]:
+    """Every preset, and the presets' variants that other stacks compute."""
+    found: list[Ours] = []
     for preset in fusednorm.SEMANTICS:
-        ours.append(Ours(preset))
+        found.append(Ours(preset))
         if preset == "hf_llama":
-            ours.append(Ours(preset, round_sum=False))
+            found.append(Ours(preset, round_sum=False))
         if preset == "sglang":
-            ours.append(Ours(preset, round_sum="after_variance"))  # its own JIT kernel: Semantics.source
-    return [*ours, PlainNumpy(), *torch_peers.PEERS]
+            found.append(Ours(preset, round_sum="after_variance"))  # its own JIT kernel: Semantics.source
+    return found
+
+
+def registry(devices: tuple[str, ...] = ("cpu",)) -> list[Peer]:
+    """Every norm that the audit knows on these devices, in the order of its tables."""
+    from . import cuda_peers, torch_peers
+
+    known: list[Peer] = [*ours(), PlainNumpy(), *torch_peers.peers("cpu"), *cuda_peers.peers()]
+    return [peer for device in devices for peer in known if peer.device == device]

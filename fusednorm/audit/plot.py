@@ -6,15 +6,16 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from .measure import NEAREST, OPERATIONS, Table
-from .report import rounds
+from .measure import CPU_BITS, NEAREST, OPERATIONS, Table
+from .report import on_cuda, rounds
 from .run import Report
 
 BARS = {  # key in Result.differ: colour, legend
-    "exact_fp32_sum": ("#2a6fbb", "Hugging Face's rounding points, sum kept in fp32"),
-    "exact_rounded_sum": ("#e08e2b", "Hugging Face's rounding points, sum rounded to the dtype (transformers)"),
-    "exact": ("#7d5fb2", "Hugging Face's rounding points (no sum)"),
-    NEAREST: ("#3b9a58", "the rounding points nearest to the norm's own"),
+    "exact_fp32_sum": ("#2a6fbb", "the exact result at Hugging Face's rounding points, sum kept in fp32"),
+    "exact_rounded_sum": ("#e08e2b", "the same, sum rounded to the dtype (transformers)"),
+    "exact": ("#7d5fb2", "the exact result at Hugging Face's rounding points (no sum)"),
+    NEAREST: ("#3b9a58", "the exact result at the rounding points nearest to the norm's own"),
+    CPU_BITS: ("#b03a48", "the same norm on the CPU, for norms on CUDA"),
 }
 COUNT: dict[str, Any] = {  # the style of the numbers at the bars
     "va": "center",
@@ -41,9 +42,9 @@ def draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups: dict[tuple[str, str], list[Table]] = {}
+    groups: dict[tuple[str, str, str], list[Table]] = {}
     for table in report.tables:
-        groups.setdefault((table.data, table.operation), []).append(table)
+        groups.setdefault((table.device, table.data, table.operation), []).append(table)
     if not groups:
         raise SystemExit("--plot: there is no table to draw")
     width = max(len(tables) for tables in groups.values())
@@ -61,10 +62,10 @@ def draw(report: Report, path: Path) -> None:
         for line, tables in zip(axes, groups.values(), strict=True):
             for i, axis in enumerate(line):
                 if i < len(tables):
-                    legend.update(_panel(axis, tables[i], names=i == 0))
+                    legend.update(_panel(axis, tables[i], _lines(tables), names=i == 0))
                 else:
                     axis.set_visible(False)
-        heading = "Elements that differ from the exact result at"
+        heading = "Elements that differ from"
         place = {"loc": "outside upper left", "alignment": "left", "frameon": False}
         titles = [title for _, title in BARS.values() if title in legend]
         figure.legend([legend[title] for title in titles], titles, title=heading, **place)
@@ -73,22 +74,36 @@ def draw(report: Report, path: Path) -> None:
 
 
 def _bars(table: Table) -> list[str]:
-    return [*(reference.key for reference in OPERATIONS[table.operation].references), NEAREST]
+    keys = [*(reference.key for reference in OPERATIONS[table.operation].references), NEAREST]
+    return [*keys, CPU_BITS] if on_cuda(table) else keys
 
 
 def _height(table: Table) -> float:
     return 0.9 + 0.14 * len(_bars(table)) * len(table.results)
 
 
-def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
+def _lines(tables: list[Table]) -> dict[str, str]:
+    """The peers, with their labels, that panels beside each other share their lines for: those with any figures."""
+    drawn = {result.peer for table in tables for result in table.results if not result.skipped}
+    return {result.peer: result.label for table in tables for result in table.results if result.peer in drawn}
+
+
+def _panel(axis: Any, table: Table, lines: dict[str, str], names: bool) -> dict[str, Any]:
     """Draws one table; returns what the legend needs."""
     keys, legend = _bars(table), {}
-    results = [result for result in table.results if not result.skipped]
+    results = {result.peer: result for result in table.results if not result.skipped}
     bar = 0.84 / len(keys)
     for k, key in enumerate(keys):
         colour, title = BARS[key]
-        counts = [result.differ[key] for result in results]
-        places = [i - 0.42 + (k + 0.5) * bar for i in range(len(results))]
+        counted = {
+            i: results[peer].differ[key]
+            for i, peer in enumerate(lines)
+            if peer in results and key in results[peer].differ
+        }
+        if not counted:
+            continue
+        counts = list(counted.values())
+        places = [i - 0.42 + (k + 0.5) * bar for i in counted]
         lengths = [max(count, ZERO_AT) for count in counts]
         legend[title] = axis.barh(places, lengths, bar * 0.9, color=colour)
         for place, length, count in zip(places, lengths, counts, strict=True):
@@ -96,16 +111,18 @@ def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
     axis.set_xscale("log")
     axis.set_xlim(0.5, table.elements * 12)
     axis.axvline(table.elements, color="#999999", linewidth=0.8, linestyle=":")
-    axis.set_ylim(max(len(results), 1) - 0.45, -0.55)
-    axis.set_yticks(range(len(results)), [result.label for result in results] if names else [""] * len(results))
+    axis.set_ylim(max(len(lines), 1) - 0.45, -0.55)
+    axis.set_yticks(range(len(lines)), list(lines.values()) if names else [""] * len(lines))
     axis.tick_params(axis="y", length=0)
     if names:
-        for i, result in enumerate(results):
+        for i, peer in enumerate(lines):
+            if peer not in results:
+                continue
             small = {"fontsize": 6.5, "color": "#777777", "ha": "right", "va": "center"}
             axis.text(
                 -0.012,
                 i + 0.34,
-                f"rounds {rounds(result, table).replace('-', 'nothing')}",
+                f"rounds {rounds(results[peer], table).replace('-', 'nothing')}",
                 transform=axis.get_yaxis_transform(),
                 **small,
             )
@@ -113,6 +130,7 @@ def _panel(axis: Any, table: Table, names: bool) -> dict[str, Any]:
     axis.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    axis.set_title(f"{OPERATIONS[table.operation].title}, {table.dtype}, {table.data}", fontsize=10, loc="left")
+    device = f"{table.device.upper()}: " if on_cuda(table) else ""
+    axis.set_title(f"{device}{OPERATIONS[table.operation].title}, {table.dtype}, {table.data}", fontsize=10, loc="left")
     axis.set_xlabel(f"elements, of {table.elements:,} (dotted)")
     return legend

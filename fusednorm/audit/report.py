@@ -8,8 +8,8 @@ from typing import TextIO
 
 import numpy as np
 
-from .measure import NEAREST, OPERATIONS, UNCLEAR, Batch, Result, Table
-from .peers import EAGER
+from .measure import CPU_BITS, NEAREST, OPERATIONS, UNCLEAR, Batch, Mixed, Result, Table
+from .peers import EAGER, Points
 from .run import Found, Report
 
 LEGEND = (
@@ -23,6 +23,30 @@ LEGEND = (
     "batch: whether every row has the same bits alone and in batches of up to 1024 rows, or the first size where not.",
     "time: relative to fusednorm hf_llama; the median of interleaved calls that allocate their results.",
 )
+CUDA_LEGEND = (
+    "CPU's bits: what differs from the same norm on the CPU, on the same numbers. HF eager: on the table's device.",
+    "fp32 weight: what a bfloat16 x with an fp32 weight gives: right, and in which dtype if not bfloat16; rounded: as"
+    " if the weight had been rounded to bfloat16; the share of wrong elements; or refused.",
+    "time on CUDA: the device's, with operands that fit into its L2 cache, calls queued ahead; in place where the"
+    " package works in place.",
+)
+
+
+def on_cuda(table: Table) -> bool:
+    return table.device != "cpu"
+
+
+def legend(report: Report) -> tuple[str, ...]:
+    return LEGEND + (CUDA_LEGEND if any(map(on_cuda, report.tables)) else ())
+
+
+def _mixed(mixed: Mixed | None) -> str:
+    if mixed is None:
+        return "-"
+    if mixed.outcome == "wrong" and mixed.differ is not None:
+        return f"{100 * mixed.differ / max(1, mixed.elements or 0):.0f} % wrong"
+    widened = f", {mixed.dtype}" if mixed.outcome != "refused" and mixed.dtype != "bfloat16" else ""
+    return mixed.outcome + widened
 
 
 def _differ(result: Result, key: str) -> str:
@@ -50,18 +74,32 @@ def _batch(batch: Batch | None) -> str:
 def counted(table: Table) -> dict[str, str]:
     """The columns of counts: key in Result.differ, and heading."""
     references = {reference.key: reference.title for reference in OPERATIONS[table.operation].references}
-    return {**references, NEAREST: "exact, nearest", "hf_eager": "HF eager"}
+    return {
+        **references,
+        NEAREST: "exact, nearest",
+        "hf_eager": "HF eager",
+        **({CPU_BITS: "CPU's, bits"} if on_cuda(table) else {}),
+    }
+
+
+def points_text(points: Points) -> str:
+    return ", ".join(point.replace("variance", "var") for point in points) or "-"
 
 
 def rounds(result: Result, table: Table) -> str:
     if result.nearest_points is None or result.differ[NEAREST] > UNCLEAR * table.elements:
         return "?"
-    return ", ".join(point.replace("variance", "var") for point in result.nearest_points) or "-"
+    return points_text(result.nearest_points)
+
+
+def _has_mixed(table: Table) -> bool:
+    return on_cuda(table) and table.dtype == "bfloat16"
 
 
 def headings(table: Table) -> list[str]:
-    counts = [heading.replace(", ", ",\n") for heading in counted(table).values()]
-    return [OPERATIONS[table.operation].title, "rounds", *counts, "batch", "time"]
+    counts = [heading.replace(", ", "\n" if key == CPU_BITS else ",\n") for key, heading in counted(table).items()]
+    mixed = ["fp32\nweight"] if _has_mixed(table) else []
+    return [OPERATIONS[table.operation].title, "rounds", *counts, *mixed, "batch", "time"]
 
 
 def cells(table: Table) -> list[list[str]]:
@@ -73,12 +111,15 @@ def cells(table: Table) -> list[list[str]]:
             continue
         time = "-" if result.relative_time is None else f"{result.relative_time:.2f}"
         counts = [_differ(result, key) for key in counted(table)]
-        lines.append([result.label, rounds(result, table), *counts, _batch(result.batch), time])
+        mixed = [_mixed(result.fp32_weight)] if _has_mixed(table) else []
+        lines.append([result.label, rounds(result, table), *counts, *mixed, _batch(result.batch), time])
     return lines
 
 
 def title(table: Table) -> str:
-    return f"{table.dtype}, {table.data}, {table.rows} x {table.columns}: of {table.elements:,} elements, differ from"
+    device = f"{table.device.upper()}, " if on_cuda(table) else ""
+    size = f"{table.rows} x {table.columns}: of {table.elements:,} elements, differ from"
+    return f"{device}{table.dtype}, {table.data}, {size}"
 
 
 def aligned(head: list[str], lines: list[list[str]], left: int = 2) -> str:
@@ -101,23 +142,63 @@ def aligned(head: list[str], lines: list[list[str]], left: int = 2) -> str:
     return "\n".join([*map(text, rows), rule, *map(text, lines)])
 
 
-def describe(found: list[Found]) -> list[str]:
-    """One line for each peer: what was found, and what is absent and why."""
+def describe(found: list[Found], without_cuda: str | None = None) -> list[str]:
+    """One line for each peer: what was found, where it says that it rounds, and what is absent and why."""
     width = max((len(each.peer.name) for each in found), default=0)
+    several = len({each.peer.device for each in found}) > 1
     lines = []
     for each in found:
         peer = each.peer
         state = f"absent: {each.absent}" if each.absent else f"{peer.package} {peer.version()}".strip()
-        lines.append(f"{peer.name.ljust(width)}  {state}")
+        said = {
+            OPERATIONS[name].title: points_text(peer.declares[name])
+            for name in peer.operations
+            if name in peer.declares
+        }
+        claims = "; ".join(f"{operation} {points}" for operation, points in said.items())
+        place = f"{peer.device.ljust(4)}  " if several else ""
+        lines.append(f"{peer.name.ljust(width)}  {place}{state}{f' (rounds: {claims})' if claims else ''}")
+    if without_cuda is not None:
+        lines.append(f"CUDA is left out: {without_cuda}")
     return lines
 
 
 def notes(report: Report) -> list[str]:
     """What the reader must know besides the tables."""
     lines = list(report.missing)
-    lines += [f"absent: {each.peer.label} ({each.absent})" for each in report.found if each.absent]
-    if not any(each.peer.name == EAGER and each.absent is None for each in report.found):
-        lines.append('"from HF eager" is empty: HF eager (torch:hf) was not run')
+    lines += [f"absent: {each.peer.label} ({each.absent})" for each in report.found if each.absent and not _cuda(each)]
+    reasons: dict[str, list[str]] = {}
+    for each in report.found:
+        if each.absent and _cuda(each):
+            reasons.setdefault(each.absent, []).append(each.peer.label)
+    lines += [f"absent on CUDA: {'; '.join(labels)} ({reason})" for reason, labels in reasons.items()]
+    for device in dict.fromkeys(each.peer.device for each in report.found):
+        if not any((each.peer.name, each.peer.device, each.absent) == (EAGER, device, None) for each in report.found):
+            place = "" if device == "cpu" else f" on {device.upper()}"
+            lines.append(f'"from HF eager" is empty{place}: HF eager (torch:hf) was not run')
+    return [*lines, *dict.fromkeys(_findings(report))]
+
+
+def _cuda(each: Found) -> bool:
+    return each.peer.device != "cpu"
+
+
+def _findings(report: Report) -> list[str]:
+    """What the tables have no room for."""
+    declares = {(each.peer.device, each.peer.name): each.peer.declares for each in report.found}
+    lines = []
+    for table in report.tables:
+        operation, place = OPERATIONS[table.operation].title, f" on {table.device.upper()}" if on_cuda(table) else ""
+        for result in table.results:
+            if result.rounds_as_declared is False:
+                points = points_text(declares[table.device, result.peer][table.operation])
+                lines.append(
+                    f"{result.label}{place} declares {points} for {operation}, and rounds {rounds(result, table)}"
+                )
+            if result.fp32_weight is not None and result.fp32_weight.text:
+                lines.append(f"{result.label}, {operation}, refuses an fp32 weight: {result.fp32_weight.text}")
+            if result.untimed:
+                lines.append(f"{result.label}{place}, {operation}, {table.dtype}: no time: {result.untimed}")
     return lines
 
 
@@ -131,7 +212,8 @@ def header(report: Report) -> str:
         if each.absent is None and each.peer.package not in ("fusednorm", "numpy")
     )
     ours = f"fusednorm {fusednorm.__version__} ({path}{_threads(report, 'fusednorm', ', ')})"
-    return ", ".join([ours, f"numpy {np.__version__}", *versions, f"--seed {report.options.seed}"])
+    devices = report.devices.values()
+    return ", ".join([ours, f"numpy {np.__version__}", *versions, *devices, f"--seed {report.options.seed}"])
 
 
 def _threads(report: Report, package: str, before: str = "") -> str:
@@ -146,7 +228,7 @@ def write_plain(report: Report, stream: TextIO) -> None:
     parts = [header(report)]
     for table in report.tables:
         parts.append(f"{title(table)}\n{aligned(headings(table), cells(table))}")
-    for lines in (LEGEND, notes(report)):
+    for lines in (legend(report), notes(report)):
         parts.append("\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines))
     stream.write("\n\n".join(part for part in parts if part) + "\n")
 
@@ -173,7 +255,7 @@ def write_rich(report: Report, stream: TextIO) -> None:
                 styled[-2].stylize("red")
             shown.add_row(*styled)
         console.print(shown)
-    for text in LEGEND:
+    for text in legend(report):
         console.print(text, style="dim")
     for text in notes(report):
         console.print(text, style="yellow")

@@ -1,0 +1,46 @@
+/* cuda.h: what the host half of csrc/cuda shares: one way to call the runtime, one way to launch. */
+#ifndef FUSEDNORM_CUDA_H
+#define FUSEDNORM_CUDA_H
+
+#include "../fusednorm.h"
+
+#include <cuda_runtime_api.h>
+
+typedef struct {
+    int multiprocessors;
+    bool clusters; /* compute capability 9.0 and newer: thread block clusters, programmatic dependent launch */
+} fn_cuda_properties;
+
+/* Read once for each device. */
+fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties);
+
+typedef struct {
+    const void *kernel;
+    const void *args; /* the kernel's one parameter */
+    unsigned blocks, outer_blocks, threads;
+    int cluster; /* blocks; 1: none */
+    int32_t device;
+    void *stream;
+} fn_cuda_launch;
+
+/* On the device, whatever the current one is; the current one comes back. Programmatic dependent launch where the device
+ * has it, unless FUSEDNORM_PDL=0. */
+fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch);
+
+/* Loads the kernel on the current device. */
+fn_status fn_cuda_load(const void *kernel);
+
+/* The kernels' own warm-ups; the device is current. One for each operation. */
+fn_status fn_norm_warmup(void);
+
+/* FN_ERROR_RUNTIME with CUDA's name and text for the error. Takes the error out of the runtime, where the next call of some
+ * framework would find it. */
+fn_status fn_cuda_fail(const char *what, cudaError_t error);
+
+#define FN_CUDA_TRY(what, expression)                                                                                  \
+    do {                                                                                                               \
+        const cudaError_t fn_cuda_error_ = (expression);                                                               \
+        if (fn_cuda_error_ != cudaSuccess) return fn_cuda_fail((what), fn_cuda_error_);                                \
+    } while (0)
+
+#endif

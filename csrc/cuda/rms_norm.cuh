@@ -1,0 +1,359 @@
+/* rms_norm.cuh: the norms for rows whose columns lie side by side, at 16-byte alignment, in whole groups of 8.
+ *
+ * A row is read once and stays in registers:
+ *   1. s = x (+ residual (+ post));  residual_out = round(s)
+ *   2. p[i] = s[i] * s[i], folded by halves: 8 neighbours to one group sum, then the group sums to one total
+ *   3. r = 1/sqrt(total / H + eps)
+ *   4. y = s * r;  5. out = round(y * (weight + weight_offset))
+ * Moves: x (and residual, post) in, out (and residual_out) out, once each; the weight comes from L2 after the first block.
+ *
+ * A group's index is [k | warp | lane]: a thread owns groups THREADS apart. The fold takes the high bits first, which are
+ * the thread's own (registers), then the warps' (shared memory), then the lanes' (shuffles), so that no bit of the result
+ * depends on THREADS. With several BLOCKS a row (a cluster) the index is [k | warp | lane / 8 | block | lane % 8]: 8 lanes
+ * still read one line of 128 bytes, and only 8 sums a block travel to the others.
+ *
+ * A kernel may start while the one before it in the stream is still at work (programmatic dependent launch). Until
+ * wait_for_previous() returns nothing is read, but for a weight that the caller promised to be constant.
+ */
+#ifndef FUSEDNORM_RMS_NORM_CUH
+#define FUSEDNORM_RMS_NORM_CUH
+
+#include "launch.h"
+#include "vector.cuh"
+
+template <bool VALUE> struct fn_bool {
+    static constexpr bool value = VALUE;
+};
+
+/* ---- between kernels --------------------------------------------------------------------------------------------------- */
+
+FN_DEVICE void wait_for_previous(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+FN_DEVICE void let_dependents_start(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+FN_DEVICE void prefetch_to_l2(const char *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+/* ---- the fold ------------------------------------------------------------------------------------------------------------ */
+
+/* Of N numbers, N known: as if padded with +0 to a power of two. v + 0 is v, since no sum of squares is -0. */
+template <int N> FN_DEVICE float fold_own(float v[N]) {
+    constexpr int padded = N > 4 ? 8 : N > 2 ? 4 : N;
+#pragma unroll
+    for (int half = padded / 2; half >= 1; half /= 2)
+#pragma unroll
+        for (int i = 0; i < half; i++)
+            if (i + half < N) v[i] = fn_add(v[i], v[i + half]);
+    return v[0];
+}
+
+template <int WARPS> FN_DEVICE float fold_warps(const float *sums, int lane) {
+    float v[WARPS];
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) v[w] = sums[w * FN_WARP + lane];
+#pragma unroll
+    for (int half = WARPS / 2; half >= 1; half /= 2)
+#pragma unroll
+        for (int w = 0; w < WARPS / 2; w++)
+            if (w < half) v[w] = fn_add(v[w], v[w + half]);
+    return v[0];
+}
+
+/* Leaves the sum in all lanes. */
+template <int LANES> FN_DEVICE float fold_lanes(float v) {
+#pragma unroll
+    for (int distance = LANES / 2; distance >= 1; distance /= 2)
+        v = fn_add(v, __shfl_xor_sync(0xffffffffu, v, distance));
+    return v;
+}
+
+/* ---- a cluster ------------------------------------------------------------------------------------------------------------ */
+
+#if __CUDA_ARCH__ >= 900
+FN_DEVICE uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
+
+FN_DEVICE uint32_t block_in_cluster(void) {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* Before the wait for the previous kernel, which hides it: the barrier expects 8 sums from each block of the cluster, and no
+ * block goes on before all barriers are there. */
+template <int BLOCKS> FN_DEVICE void open_exchange(uint64_t *arrived) {
+    if (threadIdx.x == 0) {
+        const uint32_t barrier = shared_address(arrived);
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                     "r"(BLOCKS * 8 * (int)sizeof(float))
+                     : "memory");
+    }
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* sums[rank * 8 + lane % 8] = v in every block of the cluster; by one warp, 8 lanes for a block. */
+template <int BLOCKS> FN_DEVICE void send_to_cluster(float *sums, uint64_t *arrived, uint32_t rank, int lane, float v) {
+    const uint32_t slot = shared_address(sums + rank * 8 + lane % 8), barrier = shared_address(arrived);
+#pragma unroll
+    for (int first = 0; first < BLOCKS; first += FN_WARP / 8) {
+        const int block = first + lane / 8;
+        uint32_t there, barrier_there;
+        if (block >= BLOCKS) continue;
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(slot), "r"(block));
+        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(block));
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
+                     "r"(__float_as_uint(v)), "r"(barrier_there)
+                     : "memory");
+    }
+}
+
+/* No block leaves before it has all sums, so none writes to one that has gone. */
+FN_DEVICE void wait_for_cluster(const uint64_t *arrived) {
+    const uint32_t barrier = shared_address(arrived);
+    uint32_t done = 0;
+    while (!done)
+        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
+                     "selp.u32 %0, 1, 0, p;}"
+                     : "=r"(done)
+                     : "r"(barrier)
+                     : "memory");
+}
+#endif
+
+/* v[i], for each of ROWS rows: from a thread's own sum to the row's total, in all threads of all blocks that share it. */
+template <int THREADS, int BLOCKS, int ROWS>
+FN_DEVICE void fold_rows(float v[ROWS], uint32_t rank, float (*sums)[THREADS], float *received, uint64_t *arrived) {
+    if constexpr (THREADS <= FN_WARP) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) v[i] = fold_lanes<THREADS>(v[i]);
+    } else {
+        const int lane = threadIdx.x % FN_WARP;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) sums[i][threadIdx.x] = v[i];
+        __syncthreads();
+        if constexpr (BLOCKS == 1) {
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) v[i] = fold_lanes<FN_WARP>(fold_warps<THREADS / FN_WARP>(sums[i], lane));
+        } else {
+            static_assert(ROWS == 1, "a cluster exchanges the sums of one row");
+#if __CUDA_ARCH__ >= 900
+            if (threadIdx.x < FN_WARP) {
+                v[0] = fold_warps<THREADS / FN_WARP>(sums[0], lane);
+                v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 16));
+                v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 8));
+                send_to_cluster<BLOCKS>(received, arrived, rank, lane, v[0]);
+            }
+            wait_for_cluster(arrived);
+            float from[BLOCKS];
+#pragma unroll
+            for (int block = 0; block < BLOCKS; block++) from[block] = received[block * 8 + lane % 8];
+            v[0] = fold_lanes<8>(fold_own<BLOCKS>(from));
+#endif
+        }
+    }
+}
+
+/* ---- the kernel ------------------------------------------------------------------------------------------------------------ */
+
+/* Where this thread's groups of its rows lie. */
+template <int ROWS> struct fn_place {
+    char *row[ROWS];
+    int group_bytes;
+};
+
+template <fn_dtype D, int ROWS>
+FN_DEVICE fn_place<ROWS> find_place(const fn_norm_kernel_args &a, int operand, uint32_t row, int row_step, int first) {
+    fn_place<ROWS> place;
+    place.group_bytes = fn_group_bytes<D>(a.dtype[operand]);
+    char *const base = a.data[operand] + blockIdx.y * a.outer_stride[operand] + first * place.group_bytes;
+#pragma unroll
+    for (int i = 0; i < ROWS; i++) {
+        place.row[i] = base + (row + i * row_step) * a.stride[operand];
+        asm volatile("" ::"l"(place.row[i])); /* computed here, while the previous kernel may still run */
+    }
+    return place;
+}
+
+/* D: the dtype of all operands but the weight's, which is W's; FN_ANY: the call's, each its own.
+ * THREADS a row; up to a warp several rows share a block. A thread holds GROUPS groups of each of ROWS rows. */
+template <fn_dtype D, fn_dtype W, bool FUSED, int THREADS, int BLOCKS, int GROUPS, int ROWS, bool EARLY>
+FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
+    constexpr bool PACKED = THREADS <= FN_WARP;
+    constexpr int ROW_STEP = PACKED ? FN_PACKED_BLOCK / THREADS : 1; /* rows between a thread's own */
+    constexpr int STEP = THREADS * BLOCKS;                           /* groups between a thread's own */
+    constexpr int ROWS_IN_BLOCK = ROW_STEP * ROWS;
+    __shared__ float sums[PACKED ? 1 : ROWS][THREADS], received[BLOCKS * 8];
+    __shared__ uint64_t arrived;
+    uint32_t rank = 0;
+#if __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) {
+        rank = block_in_cluster();
+        open_exchange<BLOCKS>(&arrived);
+    }
+#endif
+    const int thread = PACKED ? threadIdx.x % THREADS : threadIdx.x;
+    const int first = BLOCKS == 1 ? thread : (thread / 8 * BLOCKS + (int)rank) * 8 + thread % 8;
+    const uint32_t row = PACKED ? blockIdx.x * ROWS_IN_BLOCK + threadIdx.x / THREADS : blockIdx.x / BLOCKS * ROWS;
+    const fn_place<ROWS> x = find_place<D, ROWS>(a, FN_X, row, ROW_STEP, first);
+    const fn_place<ROWS> out = find_place<D, ROWS>(a, FN_OUT, row, ROW_STEP, first);
+    fn_place<ROWS> residual, residual_out;
+    if constexpr (FUSED) {
+        residual = find_place<D, ROWS>(a, FN_RESIDUAL, row, ROW_STEP, first);
+        residual_out = find_place<D, ROWS>(a, FN_RESIDUAL_OUT, row, ROW_STEP, first);
+    }
+    const int weight_bytes = fn_group_bytes<W>(a.dtype[FN_WEIGHT]);
+    const char *const weight = a.data[FN_WEIGHT] + first * weight_bytes;
+    /* Arguments that are first used after the reduction: a miss in the constant cache would cost more there. */
+    uint32_t flags = a.flags;
+    float inverse_columns = a.inverse_columns;
+    asm volatile("" : "+r"(flags), "+f"(inverse_columns));
+
+    bool in_row[GROUPS], there[ROWS][GROUPS];
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) {
+        in_row[k] = first + k * STEP < a.groups;
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) there[i][k] = in_row[k] && (ROWS_IN_BLOCK == 1 || row + i * ROW_STEP < a.rows);
+    }
+    fn_raw<D> x_raw[ROWS][GROUPS], residual_raw[ROWS][FUSED ? GROUPS : 1];
+    fn_raw<W> w_raw[GROUPS];
+#pragma unroll
+    for (int k = 0; k < GROUPS; k++) w_raw[k] = fn_ones<W>(a.dtype[FN_WEIGHT]); /* y * 1 is y */
+    const auto load_weight = [&] {
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++)
+            if (in_row[k] && flags & FN_NORM_WEIGHT)
+                fn_load<W>(&w_raw[k], weight + k * STEP * weight_bytes, a.dtype[FN_WEIGHT]);
+    };
+    if constexpr (EARLY) {
+        load_weight();
+    } else if (flags & FN_NORM_WEIGHT_PREFETCH) {
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++)
+            if (in_row[k] && thread % 8 == 0) prefetch_to_l2(weight + k * STEP * weight_bytes);
+    }
+    wait_for_previous();
+
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            x_raw[i][k] = fn_raw<D>{};
+            if (there[i][k]) fn_load<D>(&x_raw[i][k], x.row[i] + k * STEP * x.group_bytes, a.dtype[FN_X]);
+            if constexpr (FUSED) {
+                residual_raw[i][k] = fn_raw<D>{};
+                if (there[i][k])
+                    fn_load<D>(&residual_raw[i][k], residual.row[i] + k * STEP * residual.group_bytes,
+                               a.dtype[FN_RESIDUAL]);
+            }
+        }
+    if constexpr (!EARLY) load_weight();
+    if (flags & FN_NORM_DEPENDENTS_SOON) let_dependents_start();
+
+    float s[ROWS][FUSED ? GROUPS : 1][FN_GROUP], r[ROWS];
+    const auto sum_squares = [&](auto plain) {
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            float group_sum[GROUPS];
+#pragma unroll
+            for (int k = 0; k < GROUPS; k++) {
+                float f[FN_GROUP], p[FN_GROUP];
+                fn_widen<D>(x_raw[i][k], f, a.dtype[FN_X]);
+                if constexpr (FUSED) {
+                    float g[FN_GROUP];
+                    fn_widen<D>(residual_raw[i][k], g, a.dtype[FN_RESIDUAL]);
+#pragma unroll
+                    for (int j = 0; j < FN_GROUP; j++) f[j] = fn_add(f[j], g[j]);
+                    if (!plain.value && flags & FN_NORM_POST) {
+                        const fn_place<ROWS> post = find_place<D, ROWS>(a, FN_POST, row, ROW_STEP, first);
+                        fn_raw<D> raw = {};
+                        if (there[i][k]) fn_load<D>(&raw, post.row[i] + k * STEP * post.group_bytes, a.dtype[FN_POST]);
+                        fn_widen<D>(raw, g, a.dtype[FN_POST]);
+#pragma unroll
+                        for (int j = 0; j < FN_GROUP; j++) f[j] = fn_add(f[j], g[j]);
+                    }
+                    const fn_raw<D> rounded = fn_narrow<D>(f, a.dtype[FN_RESIDUAL_OUT]);
+                    if (there[i][k])
+                        fn_store<D>(residual_out.row[i] + k * STEP * residual_out.group_bytes, rounded,
+                                    a.dtype[FN_RESIDUAL_OUT]);
+                    if (!plain.value && flags & FN_NORM_ROUND) fn_widen<D>(rounded, f, a.dtype[FN_RESIDUAL_OUT]);
+#pragma unroll
+                    for (int j = 0; j < FN_GROUP; j++) s[i][k][j] = f[j];
+                    if (!plain.value && flags & FN_NORM_ROUND_AFTER)
+                        fn_widen<D>(rounded, s[i][k], a.dtype[FN_RESIDUAL_OUT]);
+                }
+#pragma unroll
+                for (int j = 0; j < FN_GROUP; j++) p[j] = fn_mul(f[j], f[j]);
+                group_sum[k] = fn_fold8(p);
+            }
+            r[i] = fold_own<GROUPS>(group_sum);
+        }
+    };
+    if (!FUSED || !(flags & (FN_NORM_POST | FN_NORM_ROUND | FN_NORM_ROUND_AFTER))) sum_squares(fn_bool<true>());
+    else sum_squares(fn_bool<false>());
+
+    fold_rows<THREADS, BLOCKS, ROWS>(r, rank, sums, received, &arrived);
+    if (!(flags & FN_NORM_DEPENDENTS_SOON)) let_dependents_start();
+#pragma unroll
+    for (int i = 0; i < ROWS; i++)
+        r[i] = fn_rsqrt(fn_add(inverse_columns != 0 ? fn_mul(r[i], inverse_columns) : fn_div(r[i], a.columns), a.eps));
+
+    const auto normalise = [&](auto cast) {
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            float w[FN_GROUP];
+            fn_keep_raw<W>(&w_raw[k]);
+            fn_widen<W>(w_raw[k], w, a.dtype[FN_WEIGHT]);
+#pragma unroll
+            for (int j = 0; j < FN_GROUP; j++) w[j] = fn_add(w[j], a.weight_offset);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) {
+                float y[FN_GROUP];
+                if constexpr (!FUSED) fn_widen<D>(x_raw[i][k], y, a.dtype[FN_X]);
+#pragma unroll
+                for (int j = 0; j < FN_GROUP; j++) y[j] = fn_mul(FUSED ? s[i][k][j] : y[j], r[i]);
+                if (cast.value) fn_widen<D>(fn_narrow<D>(y, a.dtype[FN_X]), y, a.dtype[FN_X]);
+#pragma unroll
+                for (int j = 0; j < FN_GROUP; j++) y[j] = fn_mul(y[j], w[j]);
+                if (there[i][k])
+                    fn_store<D>(out.row[i] + k * STEP * out.group_bytes, fn_narrow<D>(y, a.dtype[FN_OUT]),
+                                a.dtype[FN_OUT]);
+            }
+        }
+    };
+    if (!(flags & FN_NORM_CAST)) normalise(fn_bool<false>());
+    else normalise(fn_bool<true>());
+}
+
+/* A device without clusters and dependent launch is never given the kernels that need them: they are empty there. */
+template <fn_dtype D, fn_dtype W, bool FUSED, int THREADS, int BLOCKS, int GROUPS, int ROWS, bool EARLY>
+__global__ void __launch_bounds__(THREADS <= FN_WARP ? FN_PACKED_BLOCK : THREADS)
+    norm_rows(const __grid_constant__ fn_norm_kernel_args a) {
+#if __CUDA_ARCH__ >= 900
+    constexpr bool usable = true;
+#else
+    constexpr bool usable = BLOCKS == 1 && !EARLY;
+#endif
+    if constexpr (usable) norm_these_rows<D, W, FUSED, THREADS, BLOCKS, GROUPS, ROWS, EARLY>(a);
+}
+
+/* ---- tables ---------------------------------------------------------------------------------------------------------------- */
+
+#define FN_KERNEL(D, W, FUSED, THREADS, BLOCKS, GROUPS, ROWS, EARLY)                                                   \
+    {(const void *)norm_rows<D, W, FUSED, THREADS, BLOCKS, GROUPS, ROWS, EARLY>,                                       \
+     THREADS,                                                                                                          \
+     BLOCKS,                                                                                                           \
+     GROUPS,                                                                                                           \
+     ROWS,                                                                                                             \
+     FUSED,                                                                                                            \
+     EARLY},
+
+#endif

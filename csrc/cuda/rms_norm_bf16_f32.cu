@@ -1,0 +1,6 @@
+/* rms_norm_bf16_f32.cu: the kernels of rms_norm.cuh for bfloat16 operands, float32 weight. */
+#include "kernels.h"
+#include "rms_norm.cuh"
+
+static const fn_norm_kernel kernels[] = {FN_FOR_EACH_KERNEL(FN_KERNEL, FN_BFLOAT16, FN_FLOAT32)};
+extern const fn_norm_kernels fn_norm_kernels_bf16_f32 = {kernels, sizeof kernels / sizeof kernels[0]};

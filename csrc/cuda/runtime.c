@@ -1,0 +1,236 @@
+/* runtime.c: the device: its properties, launches, streams, events, and CUDA's errors. The only file that calls the runtime.
+ *
+ * The runtime is linked statically, so that importing needs no driver; without one its calls return an error. It shares each
+ * device's primary context with every framework in the process.
+ */
+#include "cuda.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MOST_DEVICES = 64 };
+
+fn_status fn_cuda_fail(const char *what, cudaError_t error) {
+    (void)cudaGetLastError();
+    return fn_fail(FN_ERROR_RUNTIME, "%s: %s (%s)", what, cudaGetErrorName(error), cudaGetErrorString(error));
+}
+
+/* ---- the current device ---------------------------------------------------------------------------------------------- */
+
+/* Makes the device current; `previous` is what leave_device takes, and needs nothing where the device was current. */
+static cudaError_t enter_device(int32_t device, int *previous) {
+    const cudaError_t error = cudaGetDevice(previous);
+    if (error != cudaSuccess || *previous == device) return error;
+    return cudaSetDevice(device);
+}
+
+static void leave_device(int32_t device, int previous) {
+    if (previous != device) cudaSetDevice(previous);
+}
+
+/* ---- properties ------------------------------------------------------------------------------------------------------ */
+
+static fn_cuda_properties known[MOST_DEVICES];
+static atomic_bool is_known[MOST_DEVICES];
+
+fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) {
+    if (device >= 0 && device < MOST_DEVICES && atomic_load_explicit(&is_known[device], memory_order_acquire)) {
+        *properties = known[device];
+        return FN_OK;
+    }
+    int major = 0;
+    FN_CUDA_TRY("CUDA device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    FN_CUDA_TRY("CUDA device",
+                cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    properties->clusters = major >= 9;
+    if (device < MOST_DEVICES) {
+        static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+        pthread_mutex_lock(&lock);
+        known[device] = *properties;
+        atomic_store_explicit(&is_known[device], true, memory_order_release);
+        pthread_mutex_unlock(&lock);
+    }
+    return FN_OK;
+}
+
+void fn_cuda_describe(fn_cuda_info *info) {
+    *info = (fn_cuda_info){.built = true, .architectures = FN_CUDA_ARCHITECTURES};
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    if (error != cudaSuccess) {
+        (void)cudaGetLastError();
+        snprintf(info->reason, sizeof info->reason, "%s (%s)", cudaGetErrorName(error), cudaGetErrorString(error));
+        devices = 0;
+    } else if (devices == 0) {
+        snprintf(info->reason, sizeof info->reason, "there is no CUDA device");
+    }
+    info->devices = devices;
+    if (cudaRuntimeGetVersion(&info->runtime_version) != cudaSuccess) info->runtime_version = 0;
+    if (cudaDriverGetVersion(&info->driver_version) != cudaSuccess) info->driver_version = 0;
+}
+
+fn_status fn_cuda_describe_device(int32_t device, fn_cuda_device *description) {
+    struct cudaDeviceProp properties;
+    FN_CUDA_TRY("CUDA device", cudaGetDeviceProperties(&properties, device));
+    snprintf(description->name, sizeof description->name, "%s", properties.name);
+    description->major = properties.major;
+    description->minor = properties.minor;
+    description->multiprocessors = properties.multiProcessorCount;
+    return FN_OK;
+}
+
+fn_status fn_cuda_current_device(int32_t *device) {
+    int current = 0;
+    FN_CUDA_TRY("CUDA device", cudaGetDevice(&current));
+    *device = current;
+    return FN_OK;
+}
+
+fn_status fn_cuda_device_of(const void *address, int32_t *device) {
+    struct cudaPointerAttributes attributes;
+    FN_CUDA_TRY("CUDA memory", cudaPointerGetAttributes(&attributes, address));
+    if (attributes.type == cudaMemoryTypeManaged) return fn_cuda_current_device(device);
+    FN_REQUIRE(attributes.type == cudaMemoryTypeDevice, FN_ERROR_VALUE,
+               "CUDA memory: the address is not in a device's memory");
+    *device = attributes.device;
+    return FN_OK;
+}
+
+/* ---- launches -------------------------------------------------------------------------------------------------------- */
+
+/* Programmatic dependent launch, unless the environment says no: -1 until it was asked. */
+static bool dependent_launch(void) {
+    static atomic_int wanted = -1;
+    int known_wish = atomic_load_explicit(&wanted, memory_order_relaxed);
+    if (known_wish < 0) {
+        const char *text = getenv("FUSEDNORM_PDL");
+        known_wish = !(text && strcmp(text, "0") == 0);
+        atomic_store(&wanted, known_wish);
+    }
+    return known_wish;
+}
+
+static cudaError_t launch_here(const fn_cuda_launch *launch, bool has_dependent_launch) {
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (has_dependent_launch && dependent_launch()) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (launch->cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count].val.clusterDim.x = (unsigned)launch->cluster;
+        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        count++;
+    }
+    const cudaLaunchConfig_t config = {.gridDim = {launch->blocks, launch->outer_blocks, 1},
+                                       .blockDim = {launch->threads, 1, 1},
+                                       .stream = launch->stream,
+                                       .attrs = attributes,
+                                       .numAttrs = count};
+    union {
+        const void *read;
+        void *passed;
+    } args = {launch->args};
+    return cudaLaunchKernelExC(&config, launch->kernel, &args.passed);
+}
+
+fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
+    fn_cuda_properties properties;
+    int previous = 0;
+    FN_TRY(fn_cuda_properties_of(launch->device, &properties));
+    FN_CUDA_TRY(function, enter_device(launch->device, &previous));
+    const cudaError_t error = launch_here(launch, properties.clusters);
+    leave_device(launch->device, previous);
+    FN_CUDA_TRY(function, error);
+    return FN_OK;
+}
+
+fn_status fn_cuda_load(const void *kernel) {
+    struct cudaFuncAttributes attributes;
+    FN_CUDA_TRY("warmup", cudaFuncGetAttributes(&attributes, kernel));
+    return FN_OK;
+}
+
+fn_status fn_cuda_warmup(int32_t device) {
+    int devices = 0, previous = 0;
+    FN_CUDA_TRY("warmup", cudaGetDeviceCount(&devices));
+    FN_REQUIRE(device >= 0 && device < devices, FN_ERROR_VALUE, "warmup: device is %d: must be from 0 to %d", device,
+               devices - 1);
+    FN_CUDA_TRY("warmup", enter_device(device, &previous));
+    const fn_status status = fn_norm_warmup();
+    leave_device(device, previous);
+    return status;
+}
+
+/* ---- streams and events ------------------------------------------------------------------------------------------------ */
+
+/* Events that order streams wait here for their next use: creating one would be a hidden cost of each call. An event may be
+ * recorded again as soon as the wait for it is queued. */
+static struct {
+    pthread_mutex_t lock;
+    cudaEvent_t event[MOST_DEVICES];
+} order = {.lock = PTHREAD_MUTEX_INITIALIZER};
+
+static cudaError_t order_here(int32_t device, cudaStream_t earlier, cudaStream_t later) {
+    cudaError_t error = cudaSuccess;
+    if (!order.event[device]) error = cudaEventCreateWithFlags(&order.event[device], cudaEventDisableTiming);
+    if (error == cudaSuccess) error = cudaEventRecord(order.event[device], earlier);
+    if (error == cudaSuccess) error = cudaStreamWaitEvent(later, order.event[device], 0);
+    return error;
+}
+
+fn_status fn_cuda_order_streams(int32_t device, void *earlier, void *later) {
+    int previous = 0;
+    if (earlier == later) return FN_OK;
+    FN_REQUIRE(device >= 0 && device < MOST_DEVICES, FN_ERROR_RUNTIME,
+               "CUDA device: number %d: at most %d are supported", device, MOST_DEVICES);
+    FN_CUDA_TRY("CUDA stream", enter_device(device, &previous));
+    pthread_mutex_lock(&order.lock);
+    const cudaError_t error = order_here(device, earlier, later);
+    pthread_mutex_unlock(&order.lock);
+    leave_device(device, previous);
+    FN_CUDA_TRY("CUDA stream", error);
+    return FN_OK;
+}
+
+fn_status fn_cuda_event_record(int32_t device, void *stream, void **event) {
+    enum cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+    int previous = 0;
+    *event = NULL;
+    FN_CUDA_TRY("CUDA stream", enter_device(device, &previous));
+    cudaEvent_t made = NULL;
+    cudaError_t error = cudaStreamIsCapturing(stream, &capture);
+    if (error == cudaSuccess && capture == cudaStreamCaptureStatusNone) {
+        error = cudaEventCreateWithFlags(&made, cudaEventDisableTiming);
+        if (error == cudaSuccess) error = cudaEventRecord(made, stream);
+        if (error != cudaSuccess && made) cudaEventDestroy(made);
+    }
+    leave_device(device, previous);
+    FN_CUDA_TRY("CUDA stream", error);
+    *event = made;
+    return FN_OK;
+}
+
+/* Another thread may be capturing, in the mode that forbids such questions to the whole process. */
+bool fn_cuda_event_is_done(void *event) {
+    if (!event) return true;
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    const cudaError_t answer = cudaEventQuery(event);
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (answer != cudaSuccess) (void)cudaGetLastError();
+    return answer != cudaErrorNotReady; /* an error will not go away: a lost device, a forked child */
+}
+
+void fn_cuda_event_finish(void *event) {
+    if (!event) return;
+    enum cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    cudaThreadExchangeStreamCaptureMode(&mode);
+    if (cudaEventSynchronize(event) != cudaSuccess) (void)cudaGetLastError();
+    if (cudaEventDestroy(event) != cudaSuccess) (void)cudaGetLastError();
+    cudaThreadExchangeStreamCaptureMode(&mode);
+}

@@ -1,0 +1,135 @@
+"""A short tour of the CUDA kernels for compute-sanitizer; without it, a test like the others.
+
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest -m sanitizer tests/test_cuda_sanitizer.py
+
+and with racecheck, initcheck and synccheck. Nothing here goes through torch or its allocator: each array has an
+allocation of its own that ends with its last element, and every byte that a kernel may read has been written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import cuda_arrays
+import helpers
+import numpy as np
+import pytest
+from cuda_cases import SCHEDULES, expected_of
+from helpers import DTYPES, POISON, assert_same_bits, random_rows, random_weight, seeded
+from test_bits import Case
+
+import fusednorm
+from fusednorm import _core
+
+helpers.require_cuda()
+pytestmark = [pytest.mark.sanitizer, pytest.mark.usefixtures("cuda")]
+
+HALF = DTYPES[-1]
+SHAPES = ((70, 8), (37, 64), (3, 100), (5, 1024), (2, 2880), (2, 4096), (2, 7168), (2, 16384), (1, 65536))
+Array = np.ndarray[Any, Any]
+
+
+def laid_out(values: Array, kind: str) -> Array:
+    """The values in a buffer that ends where their last element does."""
+    itemsize = values.itemsize
+    step = {"every other": 2 * itemsize, "backwards": -itemsize}.get(kind, itemsize)
+    length = abs(step) * (values.shape[-1] - 1) + itemsize
+    row = length + (3 * itemsize if kind == "gap" else 0)
+    strides = (row, step)[-values.ndim :]
+    offset = {"an element on": itemsize, "a byte on": 1, "backwards": length - itemsize}.get(kind, 0)
+    above = (len(values) - 1) * row if values.ndim == 2 else 0
+    end = offset + above + (itemsize if kind == "backwards" else length)
+    view = np.ndarray(values.shape, values.dtype, np.full(end, POISON, np.uint8), offset, strides)
+    view[...] = values
+    return view
+
+
+def run(case: Case, kind: str = "dense", in_place: bool = False, stream: int | None = None) -> None:
+    rng = seeded("sanitizer", case, kind)
+    shape = (case.rows, case.columns)
+    names = {"x": case.x, "residual": case.residual, "post_residual_addition": case.post, "weight": case.weight}
+    host: dict[str, Array] = {}
+    for name, dtype in names.items():
+        if dtype is not None:
+            make = random_weight(rng, shape[1], dtype) if name == "weight" else random_rows(rng, shape, dtype, "normal")
+            host[name] = laid_out(make, kind)
+    expected = expected_of(case, *(host.get(name) for name in names))
+    arrays = {name: cuda_arrays.to_device({"": array})[""] for name, array in host.items()}
+    outputs = dict(zip(("out", "residual_out"), expected))
+    if in_place:
+        results = dict(zip(outputs, (arrays[name] for name in ("x", "residual") if name in arrays)))
+    else:
+        results = {
+            name: cuda_arrays.to_device({"": laid_out(np.zeros_like(e), kind)})[""] for name, e in outputs.items()
+        }
+    options: dict[str, Any] = {"weight_offset": case.weight_offset, "cast_x_before_out_mul": case.cast}
+    if case.residual is None:
+        fusednorm.rms_norm(**arrays, **options, out=results["out"], eps=case.eps, stream=stream)
+    else:
+        options |= {"round_sum": case.round_sum, "eps": case.eps, "stream": stream}
+        fusednorm.fused_add_rmsnorm(**arrays, **options, **({} if in_place else results))
+    for name, e in outputs.items():
+        assert_same_bits(np.array(results[name].download(), order="C"), e, f"{name} of {case}, {kind}")
+
+
+def cases(rows: int, columns: int) -> list[Case]:
+    return [
+        Case(rows, columns, HALF, HALF, HALF),
+        Case(rows, columns, HALF, HALF, HALF, HALF, HALF),
+        Case(rows, columns, "float16", "float16", "float32", "float32", "float32", "float16", round_sum=True),
+        Case(rows, columns, "float32", HALF, None, "float16", "float32", cast=True, round_sum="after_variance"),
+    ]
+
+
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+def test_schedules(schedule: str | None) -> None:
+    _core._force_cuda_schedule(schedule)
+    for shape in SHAPES:
+        for case in cases(*shape):
+            run(case)
+            if (case.x, case.residual) == (case.out, case.residual_out):
+                run(case, in_place=True)
+
+
+@pytest.mark.parametrize("kind", ["an element on", "a byte on", "gap", "every other", "backwards"])
+def test_layouts(kind: str) -> None:
+    for schedule in (None, "packed", "block256", "strided"):
+        _core._force_cuda_schedule(schedule)
+        for shape in ((3, 64), (2, 100), (2, 4096), (1, 7168)):
+            for case in cases(*shape)[1:]:
+                run(case, kind)
+            run(cases(*shape)[1], kind, in_place=True)
+
+
+def test_graph() -> None:
+    """A chain in which each call reads what the one ahead of it writes, on a stream of its own, captured."""
+    driver = cuda_arrays.memory()
+    if not isinstance(driver, cuda_arrays.Driver):
+        pytest.skip("needs the CUDA driver")
+    fusednorm.warmup()
+    driver.enter()
+    stream, graph, runnable = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+    driver.call("cuStreamCreate", ctypes.byref(stream), 1)  # one that does not wait for the default stream
+    for columns in (64, 4096, 16384):
+        rng = seeded("graph", columns)
+        x, residual = (random_rows(rng, (3, columns), HALF, "normal") for _ in range(2))
+        weight = random_weight(rng, columns, HALF)
+        on_x, on_residual, on_weight = (cuda_arrays.to_device({"": a.copy()})[""] for a in (x, residual, weight))
+        calls = 4
+        driver.enter()
+        driver.call("cuStreamBeginCapture_v2", stream, 1)  # 1: calls that may not be captured fail in this thread alone
+        for _ in range(calls):
+            fusednorm.fused_add_rmsnorm(on_x, on_residual, on_weight, stream=stream.value)
+        driver.call("cuStreamEndCapture", stream, ctypes.byref(graph))
+        driver.call("cuGraphInstantiateWithFlags", ctypes.byref(runnable), graph, ctypes.c_ulonglong(0))
+        for _ in range(2):
+            driver.call("cuGraphLaunch", runnable, stream)
+        with helpers.counting(fusednorm.info()["cpu"]["path"]):
+            for _ in range(2 * calls):
+                fusednorm.fused_add_rmsnorm(x, residual, weight)
+        assert_same_bits(on_x.download(), x, f"x after {2 * calls} calls at {columns}")
+        assert_same_bits(on_residual.download(), residual, f"residual after {2 * calls} calls at {columns}")
+        driver.call("cuGraphExecDestroy", runnable)
+        driver.call("cuGraphDestroy", graph)
+    driver.call("cuStreamDestroy_v2", stream)
