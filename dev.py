@@ -33,7 +33,10 @@ CONSTRAINTS = VENV / "fusednorm-constraints.txt"
 # Optional, since each is large. torch is pinned: its wheel decides how many gigabytes are fetched.
 FRAMEWORKS = {"torch": "torch==2.13.0", "jax": "jax", "transformers": "transformers"}
 # The compiler's settings are part of what was built.
-BUILD_VARIABLES = ("CC", "CFLAGS", "LDFLAGS", "FUSEDNORM_OPENMP")
+BUILD_VARIABLES = (
+    *("CC", "CFLAGS", "LDFLAGS", "FUSEDNORM_OPENMP", "FUSEDNORM_CUDA", "FUSEDNORM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"),
+    *("CUDAARCHS", "CUDA_HOME", "CUDA_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"),
+)
 
 
 class SetupError(Exception):
@@ -111,7 +114,7 @@ def make_venv() -> None:
 
 def sources_digest() -> str:
     """Changes when the built module or the package's metadata could."""
-    files = [ROOT / "pyproject.toml", ROOT / "setup.py", ROOT / "fusednorm" / "_version.py"]
+    files = [ROOT / name for name in ("pyproject.toml", "setup.py", "tools/build_cuda.py", "fusednorm/_version.py")]
     files += [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".c", ".h", ".cu", ".cuh")]
     digest = hashlib.sha256(repr([(name, os.environ.get(name)) for name in BUILD_VARIABLES]).encode())
     for path in sorted(files):

@@ -23,7 +23,8 @@ if __package__ in (None, ""):  # python benchmarks/run.py
     __package__ = "benchmarks"
     import benchmarks  # noqa: F401
 
-from . import bandwidth, calls, cuda_between, cuda_call, cuda_graphs, cuda_peers, cuda_time, instructions, machine
+from . import bandwidth, calls, cuda_between, cuda_call, cuda_graphs, cuda_peers, cuda_price, cuda_time
+from . import instructions, machine
 from .cases import DTYPES, numpy_dtype
 from .peers import Peer, registry
 from .progress import Progress, show
@@ -33,7 +34,7 @@ AnyPeer = TypeVar("AnyPeer", Peer, cuda_peers.CudaPeer)
 Runs = dict[str, Callable[[Progress], Report]]
 BENCHMARKS = {
     "cpu": ("bandwidth", "call", "instructions"),
-    "cuda": ("cuda_call", "cuda_time", "cuda_between"),
+    "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_price"),
 }
 NAMES = (*BENCHMARKS["cpu"], *BENCHMARKS["cuda"])
 BETWEEN_SHARE = 0.3  # of the seconds
@@ -173,6 +174,7 @@ def on_cuda(options: argparse.Namespace) -> Runs:
         "cuda_call": lambda progress: cuda_call.run(peers, quick, gpu, head, progress),
         "cuda_time": lambda progress: cuda_time.run(peers, quick, seconds - shared, gpu, head, progress),
         "cuda_between": lambda progress: cuda_between.run(peers, quick, shared or seconds, gpu, head, progress),
+        "cuda_price": lambda progress: cuda_price.run(quick, gpu, head, progress),
     }
 
 

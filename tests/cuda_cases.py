@@ -22,8 +22,7 @@ from fusednorm import _core, _reference
 
 Array = np.ndarray[Any, Any]
 
-SCHEDULES = ("packed", "block64", "block128", "block256", "block512", "block1024")
-SCHEDULES += ("cluster2", "cluster4", "cluster8", "strided")
+SCHEDULES = ("packed", "block64", "block128", "block256", "block512", "cluster2", "cluster4", "cluster8", "strided")
 
 
 def schedules() -> Iterator[str]:

@@ -145,8 +145,8 @@ def check_bits(ptx: str) -> None:
 
 
 def link_flags(toolkit: Toolkit) -> list[str]:
-    """The CUDA runtime inside the module, its symbols hidden; it looks for the driver when it is first called. -s leaves out
-    the names of hundreds of kernels' stubs, a tenth of the module."""
+    """The CUDA runtime inside the module, its symbols hidden; it looks for the driver when it is first called. -s
+    leaves out the names of hundreds of kernels' stubs, a tenth of the module."""
     hidden = f"-Wl,--exclude-libs,{Path(toolkit.cudart).name}"
     if_needed = "-Wl,--push-state,--as-needed,-lstdc++,--pop-state"
     return [toolkit.cudart, hidden, "-Wl,-s", "-ldl", "-lrt", "-lpthread", if_needed]

@@ -51,13 +51,14 @@ static const fn_norm_kernel *find_kernel(const fn_norm_kernels *table, const fn_
     return best;
 }
 
-/* For a schedule that the table lacks. */
-static const fn_norm_kernel *first_that_holds(const fn_norm_kernels *table, int64_t groups, bool fused) {
+/* For a schedule that the table lacks: as many blocks a row if there is such a kernel, else one. */
+static const fn_norm_kernel *first_that_holds(const fn_norm_kernels *table, int blocks, int64_t groups, bool fused,
+                                              bool clusters) {
     for (int i = 0; i < table->count; i++)
-        if (table->kernels[i].blocks == 1 && !table->kernels[i].early &&
-            holds(&table->kernels[i], groups, fused, false))
+        if (table->kernels[i].blocks == blocks && !table->kernels[i].early &&
+            holds(&table->kernels[i], groups, fused, clusters))
             return &table->kernels[i];
-    return NULL;
+    return blocks == 1 ? NULL : first_that_holds(table, 1, groups, fused, clusters);
 }
 
 /* -1: none; FUSEDNORM_CUDA_SCHEDULE or fn_cuda_force_schedule names it. -2: the environment was not read yet. */
@@ -217,10 +218,10 @@ fn_status fn_norm_run_cuda(const fn_norm_plan *plan) {
     const fn_norm_kernel *kernel = NULL;
     if (forced) kernel = find_forced(table, forced, groups, fused, plan->weights_are_constant, device.clusters);
     if (!kernel) kernel = find_kernel(table, &schedule, groups, fused, plan->weights_are_constant, device.clusters);
-    if (!kernel) kernel = first_that_holds(table, groups, fused);
+    if (!kernel) kernel = first_that_holds(table, schedule.blocks, groups, fused, device.clusters);
     if (!kernel) return run_strided(plan, whole_groups);
     fn_norm_kernel_args args = common_args(plan, groups);
-    if (schedule.weight_prefetch) args.flags |= FN_NORM_WEIGHT_PREFETCH;
+    if (schedule.weight_prefetch && plan->operand[FN_WEIGHT].data) args.flags |= FN_NORM_WEIGHT_PREFETCH;
     if (schedule.dependents_soon) args.flags |= FN_NORM_DEPENDENTS_SOON;
     return run_kernel(plan, kernel, &args);
 }

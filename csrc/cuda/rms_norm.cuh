@@ -182,6 +182,11 @@ FN_DEVICE fn_place<ROWS> find_place(const fn_norm_kernel_args &a, int operand, u
     return place;
 }
 
+/* benchmarks/price.cu has another order of additions here, to time it. */
+#ifndef FN_FOLD_ROWS
+#define FN_FOLD_ROWS fold_rows
+#endif
+
 /* D: the dtype of all operands but the weight's, which is W's; FN_ANY: the call's, each its own.
  * THREADS a row; up to a warp several rows share a block. A thread holds GROUPS groups of each of ROWS rows. */
 template <fn_dtype D, fn_dtype W, bool FUSED, int THREADS, int BLOCKS, int GROUPS, int ROWS, bool EARLY>
@@ -300,7 +305,7 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     if (!FUSED || !(flags & (FN_NORM_POST | FN_NORM_ROUND | FN_NORM_ROUND_AFTER))) sum_squares(fn_bool<true>());
     else sum_squares(fn_bool<false>());
 
-    fold_rows<THREADS, BLOCKS, ROWS>(r, rank, sums, received, &arrived);
+    FN_FOLD_ROWS<THREADS, BLOCKS, ROWS>(r, rank, sums, received, &arrived);
     if (!(flags & FN_NORM_DEPENDENTS_SOON)) let_dependents_start();
 #pragma unroll
     for (int i = 0; i < ROWS; i++)

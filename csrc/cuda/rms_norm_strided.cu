@@ -9,6 +9,7 @@
 
 enum { LEVELS = 28 }; /* of the fold that one thread makes: rows of up to 8 * FN_STRIDED_THREADS * 2^27 elements */
 
+/* Where a row's operands lie; of those that are absent nothing is known. */
 struct fn_strided_row {
     char *data[FN_OPERANDS];
 };
@@ -152,12 +153,12 @@ static __global__ void __launch_bounds__(FN_STRIDED_THREADS)
         for (int64_t group = threadIdx.x; group < groups; group += FN_STRIDED_THREADS) {
             float y[FN_GROUP], w[FN_GROUP];
             sum_group(a, row, group, y);
-            if (row.data[FN_RESIDUAL_OUT]) store_group(a, row, FN_RESIDUAL_OUT, group, y);
+            if (plan.operand[FN_RESIDUAL_OUT].data) store_group(a, row, FN_RESIDUAL_OUT, group, y);
             if (plan.round_sum != FN_SUM_FP32) round_group(y, plan.operand[FN_RESIDUAL_OUT].dtype);
 #pragma unroll
             for (int j = 0; j < FN_GROUP; j++) y[j] = fn_mul(y[j], r[0]);
             if (plan.cast_x_before_out_mul) round_group(y, plan.operand[FN_X].dtype);
-            if (row.data[FN_WEIGHT]) {
+            if (plan.operand[FN_WEIGHT].data) {
                 load_group(a, row, FN_WEIGHT, group, w);
 #pragma unroll
                 for (int j = 0; j < FN_GROUP; j++) y[j] = fn_mul(y[j], fn_add(w[j], a.weight_offset));

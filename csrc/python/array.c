@@ -95,6 +95,12 @@ static int find_door(fn_state *state, const char *function, const fn_array *arra
         return 0;
     }
     found = has_attribute(type, state->text_cuda_interface);
+    if (found == 0) { /* some set it on the object: looked up without running code of a type that has it not */
+        PyObject *own = PyObject_GenericGetAttr(object, state->text_cuda_interface);
+        found = own != NULL;
+        Py_XDECREF(own);
+        PyErr_Clear();
+    }
     if (found < 0) return -1;
     if (found) {
         info->door = FN_DOOR_CUDA_INTERFACE;

@@ -110,7 +110,13 @@ static int take_stream(const char *function, fn_array *array, PyObject *stream) 
 
 int fn_import_cuda_interface(fn_state *state, const char *function, fn_array *array) {
     PyObject *given = PyObject_GetAttr(array->object, state->text_cuda_interface);
-    if (!given) return -1;
+    if (!given) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError)) return -1;
+        PyErr_Clear(); /* another object of its type had one */
+        PyErr_Format(PyExc_TypeError, "%s: %s is a %s without __cuda_array_interface__: it must be an array", function,
+                     array->view.name, fn_type_name(array->object));
+        return -1;
+    }
     if (!PyDict_Check(given)) {
         PyErr_Format(PyExc_TypeError, "%s: %s.__cuda_array_interface__ is a %s: it must be a dict", function,
                      array->view.name, fn_type_name(given));
