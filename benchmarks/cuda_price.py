@@ -27,12 +27,12 @@ SHAPES = (
     *((2048, 4096), (16384, 4096), (8192, 8192), (1048576, 128)),
 )
 QUICK_SHAPES = ((1, 4096), (8, 7168), (128, 7168), (16384, 4096))
-ROUNDS, QUICK_ROUNDS = 41, 11
+ROUNDS, QUICK_ROUNDS = 31, 11
 SECONDS = 60.0  # after which no case is begun
 MOST = {"every shape": 1.03, "geometric mean": 1.01}
 CONTRACT, FREE = "contract's order", "free order"
 ROOT = Path(__file__).parent.parent
-SOURCES = [Path(__file__).parent / "price.cu", *sorted((ROOT / "csrc" / "cuda").glob("*.c")), ROOT / "csrc" / "status.c"]
+PRICE = Path(__file__).parent / "price.cu"
 
 
 class Kernels(CudaPeer):
@@ -72,10 +72,11 @@ def build(gpu: Gpu, folder: str) -> list[CudaPeer]:
         raise RuntimeError("no nvcc")
     flags = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))["FLAGS"]
     command = [compiler, *flags, f"-arch={gpu.architecture()}", "-DFN_CUDA_ARCHITECTURES=0", "-shared"]
-    running = []
+    sources = [PRICE, *sorted((ROOT / "csrc" / "cuda").glob("*.c")), ROOT / "csrc" / "status.c"]
+    running: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
     for name, define in ((CONTRACT, []), (FREE, ["-DFREE_ORDER"])):
         library = Path(folder) / f"libprice{len(running)}.so"
-        words = [*command, *define, "-o", str(library), *map(str, SOURCES)]
+        words = [*command, *define, "-o", str(library), *map(str, sources)]
         pipe = subprocess.PIPE
         running.append((name, library, subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT)))
     said = [process.communicate()[0].decode(errors="replace").strip() for _, _, process in running]
@@ -132,8 +133,8 @@ def measure(case: CudaCase, peers: Sequence[CudaPeer], gpu: Gpu, budget: Budget,
 
 def run(quick: bool, gpu: Gpu, head: dict[str, str], progress: Progress) -> Report:
     method = (
-        "bfloat16; as in cuda_time: chains of calls in CUDA graphs, replayed in turns; both kinds of kernel are compiled "
-        "now, from one source with one launcher; ratios within a turn, their medians"
+        "bfloat16; as in cuda_time: chains of calls in CUDA graphs, replayed in turns; both kinds of kernel are "
+        "compiled when it runs, with one launcher; ratios are taken within a turn, shown are their medians"
     )
     report = Report("cuda_price", {**head, "method": method})
     wanted, budget = cases(quick), Budget(SECONDS)
@@ -152,12 +153,11 @@ def run(quick: bool, gpu: Gpu, head: dict[str, str], progress: Progress) -> Repo
         report.head["stopped"] = stopped
     report.head["took"] = f"{budget.elapsed():.0f} s"
     report.notes = [
-        f"Microseconds a call. price: the time with the {CONTRACT} over that with the {FREE}. control: the same kernel with",
-        f"the {CONTRACT} over {BASE}'s own, which is the same code once more: what differs there is noise.",
-        "changed: the share of out's elements that have other bits in the free order. Rows of up to 256 elements are",
-        "folded by one warp's shuffles in both.",
-        "The free order: a warp by shuffles, one sum a warp through shared memory, one sum a block within a cluster. Squares",
-        "are rounded before they are added in both, and a thread adds its own ones alike.",
+        f"Microseconds a call. price: the time with the {CONTRACT} over that with the {FREE}.",
+        f"control: the time with the {CONTRACT} over that of {BASE}'s own call, the same kernel once more: noise.",
+        "changed: the share of out's elements to which the free order gives other bits.",
+        "The free order: a warp by shuffles, one sum a warp through shared memory, one sum a block within a cluster. A",
+        "thread adds its own squares alike in both, and a row that one warp holds is folded by shuffles in both.",
     ]
     report.tables, report.goals = tables(report.records), goals(report.records)
     return report

@@ -3,7 +3,6 @@
 // block to the others of a cluster. What a thread adds of its own, and all else, stays.
 //
 // nvcc -shared, the flags of tools/build_cuda.py, and csrc/cuda/*.c and csrc/status.c with it: see cuda_price.py
-#include "../csrc/fusednorm.h"
 extern "C" {
 #include "../csrc/norm_plan.h"
 }

@@ -23,8 +23,18 @@ if __package__ in (None, ""):  # python benchmarks/run.py
     __package__ = "benchmarks"
     import benchmarks  # noqa: F401
 
-from . import bandwidth, calls, cuda_between, cuda_call, cuda_graphs, cuda_peers, cuda_price, cuda_time
-from . import instructions, machine
+from . import (
+    bandwidth,
+    calls,
+    cuda_between,
+    cuda_call,
+    cuda_graphs,
+    cuda_peers,
+    cuda_price,
+    cuda_time,
+    instructions,
+    machine,
+)
 from .cases import DTYPES, numpy_dtype
 from .peers import Peer, registry
 from .progress import Progress, show

@@ -8,7 +8,8 @@
 
 typedef struct {
     int multiprocessors;
-    bool clusters; /* compute capability 9.0 and newer: thread block clusters, programmatic dependent launch */
+    bool clusters; /* thread block clusters and programmatic dependent launch: compute capability 9.0 and newer, in the
+                      device and in the code that it runs */
 } fn_cuda_properties;
 
 /* Read once for each device. */

@@ -34,7 +34,7 @@ static const fn_norm_kernels *table_for(const fn_norm_plan *plan) {
 
 static bool holds(const fn_norm_kernel *kernel, int64_t groups, bool fused, bool clusters) {
     return kernel->fused == fused && (int64_t)kernel->threads * kernel->blocks * kernel->groups >= groups &&
-           (kernel->blocks == 1 || clusters);
+           ((kernel->blocks == 1 && !kernel->early) || clusters);
 }
 
 /* Of those with the schedule's threads and blocks the one with the fewest groups a thread; NULL if none holds the row. */

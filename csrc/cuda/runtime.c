@@ -4,6 +4,7 @@
  * device's primary context with every framework in the process.
  */
 #include "cuda.h"
+#include "launch.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -41,11 +42,17 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
         *properties = known[device];
         return FN_OK;
     }
-    int major = 0;
+    int major = 0, previous = 0;
+    struct cudaFuncAttributes code;
     FN_CUDA_TRY("CUDA device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     FN_CUDA_TRY("CUDA device",
                 cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    properties->clusters = major >= 9;
+    FN_CUDA_TRY("CUDA device", enter_device(device, &previous));
+    const cudaError_t error = cudaFuncGetAttributes(&code, fn_norm_strided_kernel); /* one for all of the module */
+    leave_device(device, previous);
+    FN_CUDA_TRY("CUDA kernels", error);
+    /* A driver may have compiled the PTX of an older architecture, in which what needs a newer one was left out. */
+    properties->clusters = major >= 9 && code.ptxVersion >= 90;
     if (device < MOST_DEVICES) {
         static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
         pthread_mutex_lock(&lock);

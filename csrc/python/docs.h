@@ -1,4 +1,4 @@
-/* docs.h: the docstrings of the compiled functions. The line before `--` is the signature that inspect and help() show. */
+/* docs.h: the docstrings of the compiled functions. The line before `--` is the signature that help() shows. */
 #ifndef FUSEDNORM_DOCS_H
 #define FUSEDNORM_DOCS_H
 
@@ -6,13 +6,15 @@
     "Arrays may be numpy.ndarray (bfloat16 through ml_dtypes), torch.Tensor, cupy.ndarray, jax.Array or anything\n"    \
     "with __dlpack__ or __cuda_array_interface__, all in CPU memory or all on one CUDA device; each is float32,\n"     \
     "float16 or bfloat16, independently, with any strides and alignment. A new array is C-contiguous and belongs\n"    \
-    "to x's framework.\n"
+    "to x's framework (residual_out: residual's); where that can make none, as for arrays with nothing but\n"          \
+    "__cuda_array_interface__, give the outputs. On CUDA the work is queued, and the call does not wait.\n"
 
 #define DOC_ERRORS                                                                                                     \
-    "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping\n"                 \
-    "outputs), BufferError (a read-only output) or RuntimeError (a tensor that requires grad in grad mode,\n"          \
-    "a CUDA array where CUDA is not built, a CUDA error, FUSEDNORM_CPU) that names the argument; nothing has been\n"   \
-    "written then, unless CUDA itself failed.\n"
+    "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping outputs,\n"        \
+    "arrays on two devices, stream for CPU arrays), BufferError (a read-only output, as a jax.Array is) or\n"          \
+    "RuntimeError (a tensor that requires grad in grad mode, a CUDA array where CUDA is not built or not there,\n"     \
+    "a CUDA error, a wrong FUSEDNORM_CPU or FUSEDNORM_CUDA_SCHEDULE). It names the argument, where one is at\n"        \
+    "fault, and nothing has been written then, unless CUDA itself failed.\n"
 
 #define DOC_RMS_NORM                                                                                                   \
     "rms_norm($module, x, weight=None, eps=1e-06, *, weight_offset=0.0, cast_x_before_out_mul=False, "                 \
@@ -23,10 +25,11 @@
     "cast_x_before_out_mul: round the normalised value to x's dtype before the weight (Hugging Face Llama).\n"         \
     "out: array of x's shape to write, which may be x itself. out_dtype: of a new result; x's by default.\n"           \
     "stream: for CUDA arrays alone: queue the work on this stream (a cudaStream_t as an integer, or an object with\n"  \
-    "__cuda_stream__, cuda_stream or ptr) and not on the current one of x's framework. The call does not wait.\n"      \
+    "__cuda_stream__, cuda_stream or ptr); its order against the frameworks' current streams is then the caller's.\n"  \
+    "None: on the current stream of the first array's framework that has one; those of others are ordered with it.\n"  \
     "Returns out.\n\n" DOC_ARRAYS "\n"                                                                                 \
     "The bits of a row depend on its values, H, the dtypes and the options alone: not on the batch, strides,\n"        \
-    "alignment, threads or processor. docs/numerics.md states every rounding.\n\n" DOC_ERRORS
+    "alignment, threads, processor or GPU. docs/numerics.md states every rounding.\n\n" DOC_ERRORS
 
 #define DOC_FUSED_ADD_RMSNORM                                                                                          \
     "fused_add_rmsnorm($module, x, residual, weight=None, eps=1e-06, *, post_residual_addition=None, "                 \
@@ -67,16 +70,17 @@
 #define DOC_WARMUP                                                                                                     \
     "warmup($module, device=None)\n--\n\n"                                                                             \
     "Loads every kernel on a CUDA device (a number, 'cuda:1', a torch.device; None: the current one), so that the\n"   \
-    "first calls, and the capture of a CUDA graph, find them loaded."
+    "first calls, and the capture of a CUDA graph, find them loaded. RuntimeError where CUDA is not built or not there."
 
 #define DOC_GET_WEIGHTS_ARE_CONSTANT                                                                                   \
     "get_weights_are_constant($module, /)\n--\n\n"                                                                     \
     "What set_weights_are_constant set for the process."
 
-#define DOC_SET_WEIGHTS_ARE_CONSTANT                                                                                    \
-    "set_weights_are_constant($module, constant, /)\n--\n\n"                                                            \
-    "The caller's promise, for the whole process where no weights_are_constant() says otherwise, that no CUDA kernel\n" \
-    "which may still be running writes a weight: a norm may then read it before the preceding kernel has finished."
+#define DOC_SET_WEIGHTS_ARE_CONSTANT                                                                                   \
+    "set_weights_are_constant($module, constant, /)\n--\n\n"                                                           \
+    "The caller's promise, for the whole process where no weights_are_constant() says otherwise, that no kernel\n"     \
+    "which may still be running writes a weight: a norm may then read it before the preceding kernel has finished.\n"  \
+    "A captured graph keeps the promise that it was captured with."
 
 #define DOC_PROMISE_WEIGHTS                                                                                            \
     "_promise_weights($module, constant, /)\n--\n\n"                                                                   \
@@ -84,7 +88,7 @@
 
 #define DOC_FORCE_CUDA_SCHEDULE                                                                                        \
     "_force_cuda_schedule($module, name, /)\n--\n\n"                                                                   \
-    "For tests: use the named CUDA schedule wherever it can run; None returns to the policy."
+    "For tests: use the named CUDA schedule wherever it can run; None: FUSEDNORM_CUDA_SCHEDULE, or the policy."
 
 #define DOC_FORCE_CPU_PATH                                                                                             \
     "_force_cpu_path($module, name, /)\n--\n\n"                                                                        \
