@@ -56,7 +56,7 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
     if (device < MOST_DEVICES) {
         static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
         pthread_mutex_lock(&lock);
-        known[device] = *properties;
+        if (!atomic_load(&is_known[device])) known[device] = *properties;
         atomic_store_explicit(&is_known[device], true, memory_order_release);
         pthread_mutex_unlock(&lock);
     }
