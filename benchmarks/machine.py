@@ -44,6 +44,9 @@ def command() -> str:
 
 
 def commit() -> str:
+    if os.environ.get("FUSEDNORM_COMMIT"):  # a copy of a checkout may name it
+        return os.environ["FUSEDNORM_COMMIT"]
+
     def git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
 
@@ -51,7 +54,7 @@ def commit() -> str:
         name = git("rev-parse", "--short=12", "HEAD").strip()
         changed = git("status", "--porcelain", "--", *MEASURED).strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("FUSEDNORM_COMMIT", "unknown (no git checkout)")  # a copy of a checkout may name it
+        return "unknown (no git checkout)"
     return f"{name}, with uncommitted changes" if changed else name
 
 

@@ -9,7 +9,7 @@
 summary.txt and summary.json say what ran, for how long, and how it ended; they are rewritten after each step. A step
 that outlasts its share of the time is interrupted and keeps what it has, and the next one begins. The exit status is 0
 if all that was asked for has passed. A goal that a benchmark misses is reported and fails nothing. Needs pytest, for
-the benchmarks torch, of the Python that runs this file. Set FUSEDNORM_COMMIT where there is no git.
+the benchmarks torch, of the Python that runs this file. FUSEDNORM_COMMIT names the commit where git cannot.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def tool(name: str) -> str | None:
 
 def commit() -> str:
     name = output_of(["git", "rev-parse", "--short=12", "HEAD"])
-    if not name:
+    if os.environ.get("FUSEDNORM_COMMIT") or not name:
         return os.environ.get("FUSEDNORM_COMMIT", "unknown (no git checkout)")
     return f"{name}, with uncommitted changes" if output_of(["git", "status", "--porcelain", "-uno"]) else name
 

@@ -85,18 +85,19 @@ FN_DEVICE uint32_t block_in_cluster(void) {
     return rank;
 }
 
-/* Before the wait for the previous kernel, which hides it: the barrier expects 8 sums from each block of the cluster, and no
- * block goes on before all barriers are there. */
+/* Before the wait for the previous kernel, which hides it: no block goes on before the barriers of all blocks are there. Each
+ * expects 8 sums from each block of the cluster; those that come before it says so are counted too. */
 template <int BLOCKS> FN_DEVICE void open_exchange(uint64_t *arrived) {
+    const uint32_t barrier = shared_address(arrived);
     if (threadIdx.x == 0) {
-        const uint32_t barrier = shared_address(arrived);
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+    if (threadIdx.x == 0)
         asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
                      "r"(BLOCKS * 8 * (int)sizeof(float))
                      : "memory");
-    }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
 /* sums[rank * 8 + lane % 8] = v in every block of the cluster; by one warp, 8 lanes for a block. */
