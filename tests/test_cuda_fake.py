@@ -6,8 +6,8 @@ device works is seen in test_cuda_binding.py. Frameworks: test_cuda_fake_framewo
 
 from __future__ import annotations
 
-import re
 import gc
+import re
 import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace

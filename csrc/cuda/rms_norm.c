@@ -51,14 +51,18 @@ static const fn_norm_kernel *find_kernel(const fn_norm_kernels *table, const fn_
     return best;
 }
 
-/* For a schedule that the table lacks: as many blocks a row if there is such a kernel, else one. */
+/* For a schedule that the table lacks: as many blocks a row if there is such a kernel, else one, else any number. */
 static const fn_norm_kernel *first_that_holds(const fn_norm_kernels *table, int blocks, int64_t groups, bool fused,
                                               bool clusters) {
-    for (int i = 0; i < table->count; i++)
-        if (table->kernels[i].blocks == blocks && !table->kernels[i].early &&
-            holds(&table->kernels[i], groups, fused, clusters))
-            return &table->kernels[i];
-    return blocks == 1 ? NULL : first_that_holds(table, 1, groups, fused, clusters);
+    const fn_norm_kernel *single = NULL, *any = NULL;
+    for (int i = 0; i < table->count; i++) {
+        const fn_norm_kernel *kernel = &table->kernels[i];
+        if (kernel->early || !holds(kernel, groups, fused, clusters)) continue;
+        if (kernel->blocks == blocks) return kernel;
+        if (kernel->blocks == 1 && !single) single = kernel;
+        if (!any) any = kernel;
+    }
+    return single ? single : any;
 }
 
 /* -1: none; FUSEDNORM_CUDA_SCHEDULE or fn_cuda_force_schedule names it. -2: the environment was not read yet. */
