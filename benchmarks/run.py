@@ -13,6 +13,7 @@ at the same time the shares of memcpy move by tens of per cent; instruction coun
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -212,6 +213,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # what was measured is written then too
     try:
         sys.exit(main())
     except KeyboardInterrupt:

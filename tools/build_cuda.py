@@ -145,11 +145,12 @@ def check_bits(ptx: str) -> None:
 
 
 def link_flags(toolkit: Toolkit) -> list[str]:
-    """The CUDA runtime inside the module, its symbols hidden; it looks for the driver when it is first called. -s
-    leaves out the names of hundreds of kernels' stubs, a tenth of the module."""
+    """The CUDA runtime inside the module, its symbols hidden; it looks for the driver when it is first called."""
     hidden = f"-Wl,--exclude-libs,{Path(toolkit.cudart).name}"
     if_needed = "-Wl,--push-state,--as-needed,-lstdc++,--pop-state"
-    return [toolkit.cudart, hidden, "-Wl,-s", "-ldl", "-lrt", "-lpthread", if_needed]
+    # The names of hundreds of kernels' stubs are a tenth of the module: they stay for who debugs it.
+    strip = [] if "-g" in os.environ.get("CFLAGS", "") else ["-Wl,-s"]
+    return [toolkit.cudart, hidden, *strip, "-ldl", "-lrt", "-lpthread", if_needed]
 
 
 def find_toolkit(linker: list[str]) -> Toolkit | None:
