@@ -8,10 +8,10 @@ from typing import Any
 
 from .cases import OPERATIONS
 from .cuda_cases import CudaCase, between_cases
-from .cuda_entries import COPY, Budget, Entry, enter, race
-from .cuda_graphs import Gpu, quiet
+from .cuda_entries import Budget, Entry, enter, race
+from .cuda_graphs import Gpu
 from .cuda_peers import CudaPeer
-from .cuda_time import OURS, against, best_peer, each, microseconds
+from .cuda_time import OURS, against, best_peer, measure_all, microseconds, names_in
 from .cuda_time import QUICK_ROUNDS as FEWER_TURNS
 from .cuda_time import ROUNDS as TURNS
 from .peers import BASE
@@ -89,19 +89,14 @@ def run(
     )
     report = Report("cuda_between", {**head, "method": method})
     budget = Budget(seconds)
-    with quiet():
-        stopped = each(
-            between_cases(quick),
-            lambda case: report.records.extend(
-                measure(case, peers, gpu, budget, FEWER_TURNS if quick else TURNS),
-            ),
-            budget,
-            progress,
-        )
-    if stopped:
-        report.head["stopped"] = stopped
-    report.head["took"] = f"{budget.elapsed():.0f} s"
-    names = [name for name in (COPY, *[p.name for p in peers]) if any(name in r["contestants"] for r in report.records)]
+    measure_all(
+        report,
+        between_cases(quick),
+        lambda case: report.records.extend(measure(case, peers, gpu, budget, FEWER_TURNS if quick else TURNS)),
+        budget,
+        progress,
+    )
+    names = names_in(report, peers)
     report.notes = [
         "Microseconds that a call adds. alone: the other kernel, a call. -: not measured; the JSON says why.",
         "over best: what fusednorm adds, less what the best peer adds; a ratio would mean little beside 0.",

@@ -66,19 +66,14 @@ def run(
     )
     report = Report("cuda_time", {**head, "method": method})
     wanted, budget = cases(quick), Budget(seconds)
-    with quiet():
-        stopped = each(
-            wanted,
-            lambda case: report.records.append(
-                measure(case, peers, gpu, budget, QUICK_ROUNDS if quick else ROUNDS),
-            ),
-            budget,
-            progress,
-        )
-    if stopped:
-        report.head["stopped"] = stopped
-    report.head["took"] = f"{budget.elapsed():.0f} s"
-    names = [name for name in (COPY, *[p.name for p in peers]) if any(name in r["contestants"] for r in report.records)]
+    measure_all(
+        report,
+        wanted,
+        lambda case: report.records.append(measure(case, peers, gpu, budget, QUICK_ROUNDS if quick else ROUNDS)),
+        budget,
+        progress,
+    )
+    names = names_in(report, peers)
     report.notes = [
         f"{COPY}: cudaMemcpyAsync of as many bytes as the operation must move, in one piece up to 256 MiB.",
         f"{BASE}: out= or in place, safe after a kernel that writes the weight. {CONSTANT}: weights_are_constant().",
@@ -88,6 +83,22 @@ def run(
     report.tables = [*tables(report.records, names), *error_tables(report.records, names)]
     report.goals = goals(report.records)
     return report
+
+
+def measure_all(
+    report: Report, wanted: Sequence[Any], do: Callable[[Any], None], budget: Budget, progress: Progress
+) -> None:
+    """`do` for each case, and in the head how long it took and what ended it early."""
+    with quiet():
+        stopped = each(wanted, do, budget, progress)
+    if stopped:
+        report.head["stopped"] = stopped
+    report.head["took"] = f"{budget.elapsed():.0f} s"
+
+
+def names_in(report: Report, peers: Sequence[CudaPeer]) -> list[str]:
+    """Those who were measured at all, in the order of the tables."""
+    return [name for name in (COPY, *[p.name for p in peers]) if any(name in r["contestants"] for r in report.records)]
 
 
 def each(wanted: Sequence[Any], do: Callable[[Any], None], budget: Budget, progress: Progress) -> str:

@@ -21,9 +21,7 @@
 #include "launch.h"
 #include "vector.cuh"
 
-template <bool VALUE> struct fn_bool {
-    static constexpr bool value = VALUE;
-};
+#include <type_traits>
 
 /* ---- between kernels --------------------------------------------------------------------------------------------------- */
 
@@ -303,8 +301,8 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
             r[i] = fold_own<GROUPS>(group_sum);
         }
     };
-    if (!FUSED || !(flags & (FN_NORM_POST | FN_NORM_ROUND | FN_NORM_ROUND_AFTER))) sum_squares(fn_bool<true>());
-    else sum_squares(fn_bool<false>());
+    if (!FUSED || !(flags & (FN_NORM_POST | FN_NORM_ROUND | FN_NORM_ROUND_AFTER))) sum_squares(std::true_type());
+    else sum_squares(std::false_type());
 
     FN_FOLD_ROWS<THREADS, BLOCKS, ROWS>(r, rank, sums, received, &arrived);
     if (!(flags & FN_NORM_DEPENDENTS_SOON)) let_dependents_start();
@@ -335,8 +333,8 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
             }
         }
     };
-    if (!(flags & FN_NORM_CAST)) normalise(fn_bool<false>());
-    else normalise(fn_bool<true>());
+    if (!(flags & FN_NORM_CAST)) normalise(std::false_type());
+    else normalise(std::true_type());
 }
 
 /* A device without clusters and dependent launch is never given the kernels that need them: they are empty there. */

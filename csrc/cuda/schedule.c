@@ -3,7 +3,7 @@
  * What decides: a block that has little to do is dominated by the latency of its loads and of the fold, so few long rows are
  * cut into clusters until a thread holds one group or two. Many rows fill the memory system whatever the schedule, if each
  * block brings at least 4 KiB (blocks start at about one a nanosecond) and few enough registers for several to be in flight.
- * Measured in bf16 on an H200 of 132 multiprocessors, benchmarks/results; numbers of rows scale with the multiprocessors.
+ * Measured in bf16 on an H200 of 132 multiprocessors; numbers of rows scale with the multiprocessors.
  */
 #include "schedule.h"
 
