@@ -18,149 +18,27 @@
 #ifndef FUSEDNORM_RMS_NORM_CUH
 #define FUSEDNORM_RMS_NORM_CUH
 
+#include "dependents.cuh"
+#include "fold.cuh"
 #include "launch.h"
 #include "vector.cuh"
 
 #include <type_traits>
 
-/* ---- between kernels --------------------------------------------------------------------------------------------------- */
-
-FN_DEVICE void wait_for_previous(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-FN_DEVICE void let_dependents_start(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-FN_DEVICE void prefetch_to_l2(const char *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
-
-/* ---- the fold ------------------------------------------------------------------------------------------------------------ */
-
-/* Of N numbers, N known: as if padded with +0 to a power of two. v + 0 is v, since no sum of squares is -0. */
-template <int N> FN_DEVICE float fold_own(float v[N]) {
-    constexpr int padded = N > 4 ? 8 : N > 2 ? 4 : N;
-#pragma unroll
-    for (int half = padded / 2; half >= 1; half /= 2)
-#pragma unroll
-        for (int i = 0; i < half; i++)
-            if (i + half < N) v[i] = fn_add(v[i], v[i + half]);
-    return v[0];
-}
-
-template <int WARPS> FN_DEVICE float fold_warps(const float *sums, int lane) {
-    float v[WARPS];
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) v[w] = sums[w * FN_WARP + lane];
-#pragma unroll
-    for (int half = WARPS / 2; half >= 1; half /= 2)
-#pragma unroll
-        for (int w = 0; w < WARPS / 2; w++)
-            if (w < half) v[w] = fn_add(v[w], v[w + half]);
-    return v[0];
-}
-
-/* Leaves the sum in all lanes. */
-template <int LANES> FN_DEVICE float fold_lanes(float v) {
-#pragma unroll
-    for (int distance = LANES / 2; distance >= 1; distance /= 2)
-        v = fn_add(v, __shfl_xor_sync(0xffffffffu, v, distance));
-    return v;
-}
-
-/* ---- a cluster ------------------------------------------------------------------------------------------------------------ */
-
-#if __CUDA_ARCH__ >= 900
-FN_DEVICE uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
-
-FN_DEVICE uint32_t block_in_cluster(void) {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-/* Before the wait for the previous kernel, which hides it: no block goes on before the barriers of all blocks are there. Each
- * expects 8 sums from each block of the cluster; those that come before it says so are counted too. */
-template <int BLOCKS> FN_DEVICE void open_exchange(uint64_t *arrived) {
-    const uint32_t barrier = shared_address(arrived);
-    if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                     "r"(BLOCKS * 8 * (int)sizeof(float))
-                     : "memory");
-}
-
-/* sums[rank * 8 + lane % 8] = v in every block of the cluster; by one warp, 8 lanes for a block. */
-template <int BLOCKS> FN_DEVICE void send_to_cluster(float *sums, uint64_t *arrived, uint32_t rank, int lane, float v) {
-    const uint32_t slot = shared_address(sums + rank * 8 + lane % 8), barrier = shared_address(arrived);
-#pragma unroll
-    for (int first = 0; first < BLOCKS; first += FN_WARP / 8) {
-        const int block = first + lane / 8;
-        uint32_t there, barrier_there;
-        if (block >= BLOCKS) continue;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(slot), "r"(block));
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(block));
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
-                     "r"(__float_as_uint(v)), "r"(barrier_there)
-                     : "memory");
-    }
-}
-
-/* No block leaves before it has all sums, so none writes to one that has gone. */
-FN_DEVICE void wait_for_cluster(const uint64_t *arrived) {
-    const uint32_t barrier = shared_address(arrived);
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
-                     "selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(barrier)
-                     : "memory");
-}
-#endif
-
-/* v[i], for each of ROWS rows: from a thread's own sum to the row's total, in all threads of all blocks that share it. */
-template <int THREADS, int BLOCKS, int ROWS>
-FN_DEVICE void fold_rows(float v[ROWS], uint32_t rank, float (*sums)[THREADS], float *received, uint64_t *arrived) {
-    if constexpr (THREADS <= FN_WARP) {
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) v[i] = fold_lanes<THREADS>(v[i]);
-    } else {
-        const int lane = threadIdx.x % FN_WARP;
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) sums[i][threadIdx.x] = v[i];
-        __syncthreads();
-        if constexpr (BLOCKS == 1) {
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) v[i] = fold_lanes<FN_WARP>(fold_warps<THREADS / FN_WARP>(sums[i], lane));
-        } else {
-            static_assert(ROWS == 1, "a cluster exchanges the sums of one row");
-#if __CUDA_ARCH__ >= 900
-            if (threadIdx.x < FN_WARP) {
-                v[0] = fold_warps<THREADS / FN_WARP>(sums[0], lane);
-                v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 16));
-                v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 8));
-                send_to_cluster<BLOCKS>(received, arrived, rank, lane, v[0]);
-            }
-            wait_for_cluster(arrived);
-            float from[BLOCKS];
-#pragma unroll
-            for (int block = 0; block < BLOCKS; block++) from[block] = received[block * 8 + lane % 8];
-            v[0] = fold_lanes<8>(fold_own<BLOCKS>(from));
-#endif
-        }
-    }
-}
-
 /* ---- the kernel ------------------------------------------------------------------------------------------------------------ */
+
+/* Rows of fp32 are moved in halves of groups, so that neighbour lanes touch neighbour addresses: a pair of lanes holds the
+ * first and the second halves of the same groups, half of these for each of the two threads that they stand for. What lies in
+ * a raw group then is a half of one group and, STEP / 2 groups further, the same half of another. */
+template <int STEP> FN_DEVICE void load_halves(fn_raw<FN_FLOAT32> *raw, const char *at, bool there, bool other_there) {
+    if (there) raw->v[0] = *(const uint4 *)at;
+    if (other_there) raw->v[1] = *(const uint4 *)(at + STEP / 2 * FN_GROUP * sizeof(float));
+}
+
+template <int STEP> FN_DEVICE void store_halves(char *at, const fn_raw<FN_FLOAT32> &raw, bool there, bool other_there) {
+    if (there) *(uint4 *)at = raw.v[0];
+    if (other_there) *(uint4 *)(at + STEP / 2 * FN_GROUP * sizeof(float)) = raw.v[1];
+}
 
 /* Where this thread's groups of its rows lie. */
 template <int ROWS> struct fn_place {
@@ -169,10 +47,11 @@ template <int ROWS> struct fn_place {
 };
 
 template <fn_dtype D, int ROWS>
-FN_DEVICE fn_place<ROWS> find_place(const fn_norm_kernel_args &a, int operand, uint32_t row, int row_step, int first) {
+FN_DEVICE fn_place<ROWS> find_place(const fn_norm_kernel_args &a, int operand, uint32_t row, int row_step, int first,
+                                    int first_byte) {
     fn_place<ROWS> place;
     place.group_bytes = fn_group_bytes<D>(a.dtype[operand]);
-    char *const base = a.data[operand] + blockIdx.y * a.outer_stride[operand] + first * place.group_bytes;
+    char *const base = a.data[operand] + blockIdx.y * a.outer_stride[operand] + first * place.group_bytes + first_byte;
 #pragma unroll
     for (int i = 0; i < ROWS; i++) {
         place.row[i] = base + (row + i * row_step) * a.stride[operand];
@@ -194,6 +73,8 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     constexpr int ROW_STEP = PACKED ? FN_PACKED_BLOCK / THREADS : 1; /* rows between a thread's own */
     constexpr int STEP = THREADS * BLOCKS;                           /* groups between a thread's own */
     constexpr int ROWS_IN_BLOCK = ROW_STEP * ROWS;
+    constexpr bool PAIRED = D == FN_FLOAT32;
+    static_assert(!PAIRED || W == D, "the weight is moved as the rows are");
     __shared__ float sums[PACKED ? 1 : ROWS][THREADS], received[BLOCKS * 8];
     __shared__ uint64_t arrived;
     uint32_t rank = 0;
@@ -204,17 +85,18 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     }
 #endif
     const int thread = PACKED ? threadIdx.x % THREADS : threadIdx.x;
-    const int first = BLOCKS == 1 ? thread : (thread / 8 * BLOCKS + (int)rank) * 8 + thread % 8;
+    const int place = PAIRED ? thread / 2 : thread, first_byte = PAIRED ? thread % 2 * 16 : 0;
+    const int first = BLOCKS == 1 ? place : (place / 8 * BLOCKS + (int)rank) * 8 + place % 8;
     const uint32_t row = PACKED ? blockIdx.x * ROWS_IN_BLOCK + threadIdx.x / THREADS : blockIdx.x / BLOCKS * ROWS;
-    const fn_place<ROWS> x = find_place<D, ROWS>(a, FN_X, row, ROW_STEP, first);
-    const fn_place<ROWS> out = find_place<D, ROWS>(a, FN_OUT, row, ROW_STEP, first);
+    const fn_place<ROWS> x = find_place<D, ROWS>(a, FN_X, row, ROW_STEP, first, first_byte);
+    const fn_place<ROWS> out = find_place<D, ROWS>(a, FN_OUT, row, ROW_STEP, first, first_byte);
     fn_place<ROWS> residual, residual_out;
     if constexpr (FUSED) {
-        residual = find_place<D, ROWS>(a, FN_RESIDUAL, row, ROW_STEP, first);
-        residual_out = find_place<D, ROWS>(a, FN_RESIDUAL_OUT, row, ROW_STEP, first);
+        residual = find_place<D, ROWS>(a, FN_RESIDUAL, row, ROW_STEP, first, first_byte);
+        residual_out = find_place<D, ROWS>(a, FN_RESIDUAL_OUT, row, ROW_STEP, first, first_byte);
     }
     const int weight_bytes = fn_group_bytes<W>(a.dtype[FN_WEIGHT]);
-    const char *const weight = a.data[FN_WEIGHT] + first * weight_bytes;
+    const char *const weight = a.data[FN_WEIGHT] + first * weight_bytes + first_byte;
     /* Arguments that are first used after the reduction: a miss in the constant cache would cost more there. */
     uint32_t flags = a.flags;
     float inverse_columns = a.inverse_columns;
@@ -227,6 +109,15 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
 #pragma unroll
         for (int i = 0; i < ROWS; i++) there[i][k] = in_row[k] && (ROWS_IN_BLOCK == 1 || row + i * ROW_STEP < a.rows);
     }
+    bool other_in_row[GROUPS], other_there[ROWS][GROUPS];
+    if constexpr (PAIRED)
+#pragma unroll
+        for (int k = 0; k < GROUPS; k++) {
+            other_in_row[k] = first + k * STEP + STEP / 2 < a.groups;
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                other_there[i][k] = other_in_row[k] && (ROWS_IN_BLOCK == 1 || row + i * ROW_STEP < a.rows);
+        }
     fn_raw<D> x_raw[ROWS][GROUPS], residual_raw[ROWS][FUSED ? GROUPS : 1];
     fn_raw<W> w_raw[GROUPS];
 #pragma unroll
@@ -234,7 +125,10 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     const auto load_weight = [&] {
 #pragma unroll
         for (int k = 0; k < GROUPS; k++)
-            if (in_row[k] && flags & FN_NORM_WEIGHT)
+            if constexpr (PAIRED) {
+                if (flags & FN_NORM_WEIGHT)
+                    load_halves<STEP>(&w_raw[k], weight + k * STEP * weight_bytes, in_row[k], other_in_row[k]);
+            } else if (in_row[k] && flags & FN_NORM_WEIGHT)
                 fn_load<W>(&w_raw[k], weight + k * STEP * weight_bytes, a.dtype[FN_WEIGHT]);
     };
     if constexpr (EARLY) {
@@ -251,10 +145,15 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
 #pragma unroll
         for (int k = 0; k < GROUPS; k++) {
             x_raw[i][k] = fn_raw<D>{};
-            if (there[i][k]) fn_load<D>(&x_raw[i][k], x.row[i] + k * STEP * x.group_bytes, a.dtype[FN_X]);
+            if constexpr (PAIRED)
+                load_halves<STEP>(&x_raw[i][k], x.row[i] + k * STEP * x.group_bytes, there[i][k], other_there[i][k]);
+            else if (there[i][k]) fn_load<D>(&x_raw[i][k], x.row[i] + k * STEP * x.group_bytes, a.dtype[FN_X]);
             if constexpr (FUSED) {
                 residual_raw[i][k] = fn_raw<D>{};
-                if (there[i][k])
+                if constexpr (PAIRED)
+                    load_halves<STEP>(&residual_raw[i][k], residual.row[i] + k * STEP * residual.group_bytes,
+                                      there[i][k], other_there[i][k]);
+                else if (there[i][k])
                     fn_load<D>(&residual_raw[i][k], residual.row[i] + k * STEP * residual.group_bytes,
                                a.dtype[FN_RESIDUAL]);
             }
@@ -277,15 +176,22 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
 #pragma unroll
                     for (int j = 0; j < FN_GROUP; j++) f[j] = fn_add(f[j], g[j]);
                     if (!plain.value && flags & FN_NORM_POST) {
-                        const fn_place<ROWS> post = find_place<D, ROWS>(a, FN_POST, row, ROW_STEP, first);
+                        const fn_place<ROWS> post = find_place<D, ROWS>(a, FN_POST, row, ROW_STEP, first, first_byte);
                         fn_raw<D> raw = {};
-                        if (there[i][k]) fn_load<D>(&raw, post.row[i] + k * STEP * post.group_bytes, a.dtype[FN_POST]);
+                        if constexpr (PAIRED)
+                            load_halves<STEP>(&raw, post.row[i] + k * STEP * post.group_bytes, there[i][k],
+                                              other_there[i][k]);
+                        else if (there[i][k])
+                            fn_load<D>(&raw, post.row[i] + k * STEP * post.group_bytes, a.dtype[FN_POST]);
                         fn_widen<D>(raw, g, a.dtype[FN_POST]);
 #pragma unroll
                         for (int j = 0; j < FN_GROUP; j++) f[j] = fn_add(f[j], g[j]);
                     }
                     const fn_raw<D> rounded = fn_narrow<D>(f, a.dtype[FN_RESIDUAL_OUT]);
-                    if (there[i][k])
+                    if constexpr (PAIRED)
+                        store_halves<STEP>(residual_out.row[i] + k * STEP * residual_out.group_bytes, rounded,
+                                           there[i][k], other_there[i][k]);
+                    else if (there[i][k])
                         fn_store<D>(residual_out.row[i] + k * STEP * residual_out.group_bytes, rounded,
                                     a.dtype[FN_RESIDUAL_OUT]);
                     if (!plain.value && flags & FN_NORM_ROUND) fn_widen<D>(rounded, f, a.dtype[FN_RESIDUAL_OUT]);
@@ -296,7 +202,7 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
                 }
 #pragma unroll
                 for (int j = 0; j < FN_GROUP; j++) p[j] = fn_mul(f[j], f[j]);
-                group_sum[k] = fn_fold8(p);
+                group_sum[k] = PAIRED ? fold8_with_neighbour(p) : fn_fold8(p);
             }
             r[i] = fold_own<GROUPS>(group_sum);
         }
@@ -304,7 +210,7 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     if (!FUSED || !(flags & (FN_NORM_POST | FN_NORM_ROUND | FN_NORM_ROUND_AFTER))) sum_squares(std::true_type());
     else sum_squares(std::false_type());
 
-    FN_FOLD_ROWS<THREADS, BLOCKS, ROWS>(r, rank, sums, received, &arrived);
+    FN_FOLD_ROWS<THREADS, BLOCKS, ROWS, PAIRED>(r, rank, sums, received, &arrived);
     if (!(flags & FN_NORM_DEPENDENTS_SOON)) let_dependents_start();
 #pragma unroll
     for (int i = 0; i < ROWS; i++)
@@ -327,7 +233,10 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
                 if (cast.value) fn_widen<D>(fn_narrow<D>(y, a.dtype[FN_X]), y, a.dtype[FN_X]);
 #pragma unroll
                 for (int j = 0; j < FN_GROUP; j++) y[j] = fn_mul(y[j], w[j]);
-                if (there[i][k])
+                if constexpr (PAIRED)
+                    store_halves<STEP>(out.row[i] + k * STEP * out.group_bytes, fn_narrow<D>(y, a.dtype[FN_OUT]),
+                                       there[i][k], other_there[i][k]);
+                else if (there[i][k])
                     fn_store<D>(out.row[i] + k * STEP * out.group_bytes, fn_narrow<D>(y, a.dtype[FN_OUT]),
                                 a.dtype[FN_OUT]);
             }

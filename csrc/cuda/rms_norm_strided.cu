@@ -148,7 +148,7 @@ static __global__ void __launch_bounds__(FN_STRIDED_THREADS)
     for (int64_t index = blockIdx.x; index < plan.rows; index += gridDim.x) {
         const fn_strided_row row = find_row(a, index);
         float r[1] = {fold_thread(a, row, groups, level)};
-        fold_rows<FN_STRIDED_THREADS, 1, 1>(r, 0, sums, NULL, NULL);
+        fold_rows<FN_STRIDED_THREADS, 1, 1, false>(r, 0, sums, NULL, NULL);
         r[0] = fn_rsqrt(fn_add(fn_div(r[0], (float)plan.columns), plan.eps));
         for (int64_t group = threadIdx.x; group < groups; group += FN_STRIDED_THREADS) {
             float y[FN_GROUP], w[FN_GROUP];
