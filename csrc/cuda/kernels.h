@@ -56,6 +56,7 @@
 /* Worth a few per cent at some lengths, or too large for the registers of other dtypes: for bfloat16. */
 #define FN_FOR_EACH_FURTHER_KERNEL(X, D, W)                                                                            \
     X(D, W, false, 64, 1, 2, 2, false)                                                                                 \
+    X(D, W, false, 256, 1, 1, 1, false)                                                                                \
     X(D, W, false, 64, 1, 3, 1, false)                                                                                 \
     X(D, W, false, 512, 1, 7, 1, false)                                                                                \
     X(D, W, false, 256, 2, 3, 1, false)                                                                                \
