@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes one table (and with --json one JSON file) for each into a folder.
 
-    python -m benchmarks.run results                      everything: about ten minutes on two cores
+    python -m benchmarks.run results                      everything: about a quarter of an hour on two cores
     python -m benchmarks.run results --quick              a look: about two minutes
     python -m benchmarks.run results --only call --json   host time of small calls, also as JSON
     python -m benchmarks.run results --peer mine.py       with another contestant; benchmarks/peers.py says how
@@ -35,16 +35,18 @@ from . import (
     cuda_time,
     instructions,
     machine,
+    products,
 )
 from .cases import DTYPES, numpy_dtype
 from .peers import Peer, registry
+from .product_peers import product_registry
 from .progress import Progress, show
 from .report import Report
 
 AnyPeer = TypeVar("AnyPeer", Peer, cuda_peers.CudaPeer)
 Runs = dict[str, Callable[[Progress], Report]]
 BENCHMARKS = {
-    "cpu": ("bandwidth", "call", "instructions"),
+    "cpu": ("bandwidth", "call", "instructions", "products"),
     "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_price"),
 }
 NAMES = (*BENCHMARKS["cpu"], *BENCHMARKS["cuda"])
@@ -105,7 +107,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FILE",
         help="a Python file with a list PEERS; may be given again",
     )
-    group = parser.add_argument_group("bandwidth")
+    group = parser.add_argument_group("bandwidth and products")
     group.add_argument(
         "--threads",
         type=_threads,
@@ -156,7 +158,10 @@ def known_dtypes(wanted: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def on_cpu(options: argparse.Namespace) -> Runs:
-    peers, absent = present(registry(options.peer))
+    everyone = registry(options.peer)
+    peers, absent = present(everyone)
+    multiply, cannot = present(product_registry(everyone))
+    absent += [reason for reason in cannot if reason not in absent]
     head = machine.describe()
     if absent:
         head["absent"] = "; ".join(absent)
@@ -164,6 +169,7 @@ def on_cpu(options: argparse.Namespace) -> Runs:
     return {  # call before bandwidth, which changes how malloc behaves in this process
         "call": lambda progress: calls.run(options.quick, head, progress),
         "instructions": lambda progress: instructions.run(options.quick, head, progress),
+        "products": lambda progress: products.run(multiply, settings, head, progress),
         "bandwidth": lambda progress: bandwidth.run(peers, settings, head, progress),
     }
 

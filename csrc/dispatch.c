@@ -6,6 +6,7 @@
 #include "cpu/cpu.h"
 #include "cpu/features.h"
 #include "fp_environment.h"
+#include "mm_check.h"
 #include "norm_check.h"
 
 #include <stdatomic.h>
@@ -72,15 +73,18 @@ fn_status fn_cpu_path(fn_path *path) {
 
 /* ---- operations ----------------------------------------------------------------------------------------------------- */
 
-typedef enum { FN_OPERATION_NORM, FN_OPERATION_COUNT } fn_operation;
+typedef enum { FN_OPERATION_NORM, FN_OPERATION_MM, FN_OPERATION_COUNT } fn_operation;
 typedef fn_status (*fn_runner)(const void *plan);
 
 static fn_status norm_on_cpu(const void *plan) { return fn_norm_run_cpu(plan); }
 static fn_status norm_on_cuda(const void *plan) { return fn_norm_run_cuda(plan); }
+static fn_status mm_on_cpu(const void *plan) { return fn_mm_run_cpu(plan); }
+static fn_status mm_on_cuda(const void *plan) { return fn_mm_run_cuda(plan); }
 
 /* By DLPack's device numbers. */
 static const fn_runner runners[][FN_CUDA + 1] = {
     [FN_OPERATION_NORM] = {[FN_CPU] = norm_on_cpu, [FN_CUDA] = norm_on_cuda},
+    [FN_OPERATION_MM] = {[FN_CPU] = mm_on_cpu, [FN_CUDA] = mm_on_cuda},
 };
 _Static_assert(sizeof runners / sizeof runners[0] == FN_OPERATION_COUNT, "every operation has a row");
 
@@ -89,6 +93,15 @@ fn_status fn_norm(const fn_norm_args *args) {
     const fn_fp_environment saved = fn_fp_enter();
     fn_status status = fn_norm_check(args, &plan);
     if (status == FN_OK && plan.rows > 0) status = runners[FN_OPERATION_NORM][args->x->device_type](&plan);
+    fn_fp_leave(saved);
+    return status;
+}
+
+fn_status fn_mm(const fn_mm_args *args) {
+    fn_mm_plan plan;
+    const fn_fp_environment saved = fn_fp_enter();
+    fn_status status = fn_mm_check(args, &plan);
+    if (status == FN_OK && plan.m > 0 && plan.n > 0) status = runners[FN_OPERATION_MM][args->a->device_type](&plan);
     fn_fp_leave(saved);
     return status;
 }

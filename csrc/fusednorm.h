@@ -61,6 +61,21 @@ typedef struct {
  * caller's rounding mode, flush-to-zero and current device are neither obeyed nor disturbed. */
 fn_status fn_norm(const fn_norm_args *args);
 
+/* One product: out = a @ b + bias, accumulated in fp32 and rounded once. Any strides; out overlaps nothing, itself included.
+ * M, N and K may be 0: K = 0 gives +0 + bias. */
+typedef struct {
+    const char *function;      /* the caller's name for it, in error texts; NULL: "mm" */
+    const fn_tensor *a;        /* (M, K) */
+    const fn_tensor *b;        /* (K, N) */
+    const fn_tensor *bias;     /* (N,), or NULL */
+    const fn_tensor *out;      /* (M, N) */
+    void *stream;              /* as in fn_norm_args */
+    bool weights_are_constant; /* as in fn_norm_args, of b */
+} fn_mm_args;
+
+/* As fn_norm: checks everything, then runs or queues. */
+fn_status fn_mm(const fn_mm_args *args);
+
 /* Paths: what executes an operation. The CPU ones give the same bits; the best that the processor and the operating
  * system support is chosen at first use, or the one that the environment variable FUSEDNORM_CPU names. */
 typedef enum { FN_PATH_SCALAR, FN_PATH_AVX2, FN_PATH_AVX512, FN_PATH_NEON, FN_PATH_COUNT } fn_path;

@@ -1,4 +1,5 @@
 /* no_cuda.c: the CUDA functions of fusednorm.h in a build without CUDA, where csrc/cuda is left out: each says so. */
+#include "mm_plan.h"
 #include "norm_plan.h"
 
 #include <stdio.h>
@@ -59,6 +60,11 @@ fn_status fn_cuda_force_schedule(const char *name) {
 }
 
 fn_status fn_norm_run_cuda(const fn_norm_plan *plan) {
+    (void)plan;
+    return absent("CUDA array");
+}
+
+fn_status fn_mm_run_cuda(const fn_mm_plan *plan) {
     (void)plan;
     return absent("CUDA array");
 }

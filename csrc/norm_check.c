@@ -2,23 +2,9 @@
 #include "norm_check.h"
 
 #include "overlap.h"
+#include "tensor_check.h"
 
 #include <math.h>
-#include <stdio.h>
-
-typedef struct {
-    char text[160];
-} shape_text;
-
-static shape_text shape_of(const fn_tensor *a) {
-    shape_text s;
-    size_t used = 0;
-    s.text[used++] = '(';
-    for (int32_t i = 0; i < a->ndim && used < sizeof s.text - 32; i++)
-        used += (size_t)snprintf(s.text + used, sizeof s.text - used, "%s%lld", i ? ", " : "", (long long)a->shape[i]);
-    snprintf(s.text + used, sizeof s.text - used, a->ndim == 1 ? ",)" : ")");
-    return s;
-}
 
 /* ---- shapes --------------------------------------------------------------------------------------------------------- */
 
@@ -37,15 +23,15 @@ static fn_status check_shapes(const char *function, const fn_tensor *const opera
                "%s: %s has no dimensions: it must have at least 1, its last is normalised", function, x->name);
     const int64_t columns = x->shape[x->ndim - 1];
     FN_REQUIRE(columns >= 1, FN_ERROR_VALUE, "%s: %s has shape %s: its last dimension must be at least 1", function,
-               x->name, shape_of(x).text);
+               x->name, fn_shape_of(x).text);
     for (int i = FN_RESIDUAL; i < FN_ROW_OPERANDS; i++)
         FN_REQUIRE(!operand[i] || same_shape(operand[i], x), FN_ERROR_VALUE,
                    "%s: %s has shape %s, but %s has shape %s: they must be equal", function, operand[i]->name,
-                   shape_of(operand[i]).text, x->name, shape_of(x).text);
+                   fn_shape_of(operand[i]).text, x->name, fn_shape_of(x).text);
     const fn_tensor *weight = operand[FN_WEIGHT];
     FN_REQUIRE(!weight || (weight->ndim == 1 && weight->shape[0] == columns), FN_ERROR_VALUE,
                "%s: weight has shape %s, but %s has rows of length %lld: weight must have shape (%lld,)", function,
-               shape_of(weight).text, x->name, (long long)columns, (long long)columns);
+               fn_shape_of(weight).text, x->name, (long long)columns, (long long)columns);
 
     int64_t count = 1, elements;
     for (int32_t i = 0; i < x->ndim - 1; i++)
@@ -54,30 +40,12 @@ static fn_status check_shapes(const char *function, const fn_tensor *const opera
     for (int32_t i = 0; count && i < x->ndim - 1; i++) overflow |= __builtin_mul_overflow(count, x->shape[i], &count);
     overflow |= __builtin_mul_overflow(count, columns, &elements) || elements > INT64_MAX / 8;
     FN_REQUIRE(!overflow, FN_ERROR_VALUE, "%s: %s has shape %s: more elements than memory could hold", function,
-               x->name, shape_of(x).text);
+               x->name, fn_shape_of(x).text);
     *rows = count;
     return FN_OK;
 }
 
 /* ---- memory --------------------------------------------------------------------------------------------------------- */
-
-static fn_status check_devices(const char *function, const fn_tensor *const operand[FN_OPERANDS]) {
-    static const char *const names[] = {[FN_CPU] = "cpu", [FN_CUDA] = "cuda"};
-    const fn_tensor *x = operand[FN_X];
-    for (int i = FN_X + 1; i < FN_OPERANDS; i++) {
-        const fn_tensor *a = operand[i];
-        if (!a || (a->device_type == x->device_type && a->device_id == x->device_id)) continue;
-        return fn_fail(FN_ERROR_VALUE, "%s: %s is on %s:%d, but %s is on %s:%d: they must be on one device", function,
-                       a->name, names[a->device_type], a->device_id, x->name, names[x->device_type], x->device_id);
-    }
-    return FN_OK;
-}
-
-static fn_status check_writable(const char *function, const fn_tensor *a) {
-    FN_REQUIRE(!a || !a->readonly, FN_ERROR_BUFFER, "%s: %s is read-only: an output must be writable", function,
-               a->name);
-    return FN_OK;
-}
 
 static fn_status refuse_overlap(const char *function, const fn_tensor *out, const fn_tensor *other,
                                 const fn_tensor *own) {
@@ -181,10 +149,10 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
     FN_REQUIRE(args->weight || args->weight_offset == 0, FN_ERROR_VALUE,
                "%s: weight_offset is %g, but weight is None: without a weight it must be 0", function,
                args->weight_offset);
-    FN_TRY(check_devices(function, operand));
+    for (int i = FN_X; i < FN_OPERANDS; i++) FN_TRY(fn_check_device(function, operand[i], args->x));
     FN_TRY(check_shapes(function, operand, &plan->rows));
-    FN_TRY(check_writable(function, args->out));
-    FN_TRY(check_writable(function, args->residual_out));
+    FN_TRY(fn_check_writable(function, args->out));
+    FN_TRY(fn_check_writable(function, args->residual_out));
     if (plan->rows == 0) return FN_OK;
 
     plan->columns = args->x->shape[args->x->ndim - 1];
@@ -205,7 +173,7 @@ fn_status fn_norm_check(const fn_norm_args *args, fn_norm_plan *plan) {
         FN_REQUIRE((unsigned)a->dtype < FN_DTYPE_COUNT, FN_ERROR_TYPE,
                    "%s: %s has dtype number %d: it must be one of fn_dtype", function, a->name, (int)a->dtype);
         FN_REQUIRE(a->data, FN_ERROR_TYPE, "%s: %s has shape %s but no memory behind it", function, a->name,
-                   shape_of(a).text);
+                   fn_shape_of(a).text);
         const int64_t bytes = fn_dtypes[a->dtype].bytes;
         plan->operand[i] = (fn_operand){a->data, a->stride_bytes[a->ndim - 1], a->dtype};
         if (plan->columns > 1 && plan->operand[i].column_stride != bytes) plan->contiguous = false;

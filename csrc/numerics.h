@@ -56,11 +56,14 @@ FN_NUMERIC float fn_bits_f32(uint32_t bits) {
 FN_NUMERIC float fn_add(float a, float b) { return __fadd_rn(a, b); }
 FN_NUMERIC float fn_mul(float a, float b) { return __fmul_rn(a, b); }
 FN_NUMERIC float fn_div(float a, float b) { return __fdiv_rn(a, b); }
+FN_NUMERIC float fn_fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FN_NUMERIC float fn_rsqrt(float v) { return __frsqrt_rn(v); }
 #else
 FN_NUMERIC float fn_add(float a, float b) { return a + b; }
 FN_NUMERIC float fn_mul(float a, float b) { return a * b; }
 FN_NUMERIC float fn_div(float a, float b) { return a / b; }
+/* a * b + c, rounded once: asked for by name, never made by contraction. */
+FN_NUMERIC float fn_fma(float a, float b, float c) { return fmaf(a, b, c); }
 
 /* 1/sqrt(v), correctly rounded: the double result is close enough to the real one that rounding it again never crosses a
  * boundary of binary32. tests/c/rsqrt_exhaustive.c shows it for every non-negative float. */

@@ -17,7 +17,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m fusednorm", description="RMSNorm with one published bit-level contract."
+        prog="python -m fusednorm", description="RMSNorm and products with one published bit-level contract."
     )
     parser.add_argument("--version", action="version", version=f"fusednorm {fusednorm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -157,6 +157,27 @@ def rms_norm_batch_invariant(
     out: _Out,
     stream: _Stream = None,
 ) -> _Out: ...
+@overload
+def mm_dtype(
+    a: _X,
+    b: _Array,
+    out_dtype: Any = None,
+    *,
+    bias: _Array | None = None,
+    out: None = None,
+    stream: _Stream = None,
+) -> _X: ...
+@overload
+def mm_dtype(
+    a: _Array,
+    b: _Array,
+    out_dtype: Any = None,
+    *,
+    bias: _Array | None = None,
+    out: _Out,
+    stream: _Stream = None,
+) -> _Out: ...
+def _linear(x: _X, gate_weight: _Array, out_dtype: Any = None, bias: _Array | None = None, /) -> _X: ...
 def info() -> _Info: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...

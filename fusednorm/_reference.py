@@ -1,8 +1,8 @@
-"""The norms' contract in NumPy: what every other path must equal, bit for bit (NaNs: "is NaN").
+"""The contract in NumPy: what every other path of the CPU must equal, bit for bit (NaNs: "is NaN").
 
 Read it beside docs/numerics.md; the step numbers are the same. Every arithmetic line is one IEEE-754 binary32 operation
-per element, rounded to nearest even: NumPy has no fused multiply-add, and no operand here is wider than float32 except
-in `rsqrt`. NumPy obeys the calling thread's floating-point modes, so the reference wants the default ones.
+per element, rounded to nearest even, and no operand is wider than float32 except in `rsqrt` and in `fma`, which says
+how it rounds once. NumPy obeys the calling thread's floating-point modes, so the reference wants the default ones.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ RoundSum = bool | Literal["after_variance"]
 
 FINFO_EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 _ROUND_SUM = (False, True, "after_variance")
+MM_LANES, MM_CHUNK = 16, 1024
 _BLOCK = 1 << 18  # elements that are normalised at once: keeps the temporaries in cache, decides no bit
 
 
@@ -80,6 +81,66 @@ def rsqrt(v: npt.ArrayLike) -> F32:
     with np.errstate(all="ignore"):
         root = np.sqrt(np.asarray(v, np.float32).astype(np.float64))
         return np.asarray(1.0 / root).astype(np.float32)
+
+
+def fma(a: npt.ArrayLike, b: npt.ArrayLike, c: npt.ArrayLike) -> F32:
+    """a * b + c of float32, rounded once. The product is exact in float64; the sum is rounded to odd there, which keeps
+    what the rounding to float32 must know: the exact sum lies above, on or below the midpoint of two floats."""
+    with np.errstate(all="ignore"):
+        product = np.asarray(a, np.float32).astype(np.float64) * np.asarray(b, np.float32).astype(np.float64)
+        addend = np.asarray(c, np.float32).astype(np.float64)
+        total = np.asarray(product + addend)
+        part = total - product
+        error = (product - (total - part)) + (addend - part)  # exact: product + addend == total + error
+        even = (total.view(np.int64) & 1) == 0
+        inexact = (error != 0) & np.isfinite(error) & np.isfinite(total)
+        odd = np.where(inexact & even, np.nextafter(total, np.copysign(np.inf, error)), total)
+        fused: F32 = odd.astype(np.float32)
+    return fused
+
+
+def mm_dtype(
+    a: npt.ArrayLike,
+    b: npt.ArrayLike,
+    out_dtype: npt.DTypeLike | None = None,
+    *,
+    bias: npt.ArrayLike | None = None,
+) -> Array:
+    a, b = np.asarray(a), np.asarray(b)
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a has shape {a.shape} and b {b.shape}: they must be (M, K) and (K, N)")
+    (m, length), n = a.shape, b.shape[1]
+    dtype = _dtype(a.dtype if out_dtype is None else out_dtype)
+    if bias is not None and np.shape(bias) != (n,):
+        raise ValueError(f"bias has shape {np.shape(bias)}: it must be ({n},)")
+    columns = widen(b).T
+    out = np.empty((m, n), dtype)
+    for row in range(m):
+        total = np.zeros(n, np.float32)
+        for start in range(0, length, MM_CHUNK):  # step 1
+            chunk = slice(start, start + MM_CHUNK)
+            lanes = _lane_sums(widen(a[row, chunk]), columns[:, chunk])
+            with np.errstate(all="ignore"):
+                while lanes.shape[-1] > 1:  # step 3
+                    half = lanes.shape[-1] // 2
+                    lanes = lanes[:, :half] + lanes[:, half:]
+                total = lanes[:, 0] if start == 0 else total + lanes[:, 0]  # step 4
+        with np.errstate(all="ignore"):
+            out[row] = narrow(total if bias is None else total + widen(bias), dtype)  # step 5
+    return out
+
+
+def _lane_sums(row: F32, columns: F32) -> F32:
+    """Step 2: (N, 16) from one chunk of a row of a, and of all columns of b. Both are padded with zeros."""
+    n, length = columns.shape
+    steps = -(-length // MM_LANES)
+    x = np.zeros(steps * MM_LANES, np.float32)
+    y = np.zeros((n, steps * MM_LANES), np.float32)
+    x[:length], y[:, :length] = row, columns
+    lanes = np.zeros((n, MM_LANES), np.float32)
+    for k in range(0, steps * MM_LANES, MM_LANES):
+        lanes = fma(x[k : k + MM_LANES], y[:, k : k + MM_LANES], lanes)
+    return lanes
 
 
 def rms_norm(

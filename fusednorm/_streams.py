@@ -23,6 +23,12 @@ def torch_empty_like(like: Any, dtype: Any, handle: int, device: int) -> Any:
         return torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def torch_new_empty(like: Any, shape: tuple[int, ...], dtype: Any, handle: int, device: int) -> Any:
+    """The same, of another shape."""
+    with sys.modules["torch"].cuda.stream(_torch_stream(sys.modules["torch"], handle, device)):
+        return like.new_empty(shape, dtype=dtype)
+
+
 def torch_record(tensors: list[Any], handle: int, device: int) -> None:
     """Their memory, once freed, is not used again before the stream is done with what is queued on it now."""
     stream = _torch_stream(sys.modules["torch"], handle, device)

@@ -46,6 +46,7 @@ class CorePath:
         self.rms_norm = fusednorm.rms_norm
         self.fused_add_rmsnorm = fusednorm.fused_add_rmsnorm
         self.rms_norm_batch_invariant = fusednorm.rms_norm_batch_invariant
+        self.mm_dtype = fusednorm.mm_dtype
 
     def open(self) -> None:
         _core._force_cpu_path(self.name)
@@ -99,6 +100,7 @@ class ReferencePath(CorePath):
         self.rms_norm = self._rms_norm
         self.fused_add_rmsnorm = self._fused_add_rmsnorm
         self.rms_norm_batch_invariant = self._rms_norm_batch_invariant
+        self.mm_dtype = self._mm_dtype
 
     def open(self) -> None:
         pass
@@ -120,6 +122,13 @@ class ReferencePath(CorePath):
 
     def _rms_norm_batch_invariant(self, *args: Any, out: Array | None = None, **keywords: Any) -> Array:
         return self._deliver(_reference.rms_norm_batch_invariant(*args, **keywords), out)
+
+    def _mm_dtype(
+        self, a: Array, b: Array, out_dtype: Any = None, *, bias: Array | None = None, out: Array | None = None
+    ) -> Array:
+        if out is not None:
+            out_dtype = out.dtype
+        return self._deliver(_reference.mm_dtype(a, b, out_dtype, bias=bias), out)
 
     def _fused_add_rmsnorm(
         self,
@@ -241,7 +250,8 @@ def opened(name: str) -> Iterator[CorePath]:
 @pytest.hookimpl(trylast=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """After the test's own parameters, so that a case runs over all paths before the next case is made."""
-    without = {"path": set(), "core_path": {"reference"}, "cpu_path": {"reference", "cuda"}}
+    cpu = {"reference", "cuda"}
+    without = {"path": set(), "core_path": {"reference"}, "cpu_path": cpu, "mm_path": {"cuda"}}
     for fixture, names in without.items():
         if fixture in metafunc.fixturenames:
             metafunc.parametrize(fixture, [name for name in path_names() if name not in names], indirect=True)
@@ -260,6 +270,12 @@ def path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
 @pytest.fixture
 def core_path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
     """For what only the extension does: errors, aliasing, memory."""
+    yield from opened(request.param)
+
+
+@pytest.fixture
+def mm_path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
+    """Products: they are on the CPU alone so far, and the reference's bits are the CPU's."""
     yield from opened(request.param)
 
 

@@ -76,7 +76,7 @@ def test_json(tmp_path: Path) -> None:
     assert "fusednorm hf_llama" in text
     assert str(target) in errors
     again = json.loads(target.read_text())
-    assert (told["schema"], told["seed"], told["quick"]) == (2, 11, True)
+    assert (told["schema"], told["seed"], told["quick"]) == (3, 11, True)
     assert told["fusednorm"]["version"] == fusednorm.__version__
     assert {peer["package"] for peer in told["peers"]} == {"fusednorm", "numpy"}
     assert all(
@@ -86,6 +86,10 @@ def test_json(tmp_path: Path) -> None:
     declares = {peer["name"]: peer["declares"] for peer in told["peers"]}
     assert declares[BASE] == {FUSED: ["s", "y"], "rms_norm": ["y"]}
     assert told["devices"] == {}
+    assert [(table["dtype"], table["n"], table["k"]) for table in told["products"]] == [
+        ("float16", 256, 1024),
+        ("float32", 256, 1024),
+    ]
     assert len(told["tables"]) == 8
     for table, same in zip(told["tables"], again["tables"], strict=True):
         assert set(table) == {"device", "data", "operation", "dtype", "rows", "columns", "elements", "results"}

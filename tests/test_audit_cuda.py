@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fusednorm
-from fusednorm.audit import cuda_peers, measure, peer_files, plot, report, run, torch_peers
+from fusednorm.audit import cuda_peers, measure, peer_files, plot, products, report, run, torch_peers
 from fusednorm.audit.operands import Operands, random_operands
 from fusednorm.audit.peers import BASE, Ours, Peer, PlainNumpy, declared, registry
 
@@ -260,15 +260,16 @@ def test_registry_on_cuda() -> None:
     """What runs on CUDA is known without importing any of it, and has the CPU's names where it is the same norm."""
     on_cpu, on_cuda = registry(("cpu",)), registry(("cuda",))
     assert {peer.device for peer in on_cuda} == {"cuda"}
-    assert {peer.name for peer in on_cpu} - {peer.name for peer in on_cuda} == {"numpy"}
+    assert {peer.name for peer in on_cpu} - {peer.name for peer in on_cuda} == {"numpy", "numpy:matmul"}
     packages = {peer.name for peer in on_cuda} - {peer.name for peer in on_cpu}
     assert packages == {
-        *("flashinfer:cute", "flashinfer:cuda", "quack", "liger", "vllm", "sglang:jit", "sglang:kernel")
+        *("flashinfer:cute", "flashinfer:cuda", "quack", "liger", "vllm", "sglang:jit", "sglang:kernel"),
+        *("triton:tml", "triton:vllm", "triton:sglang", "deepgemm"),
     }
     assert {peer.name for peer in on_cuda if peer.risky} == packages
     assert registry(("cpu", "cuda"))[0].device == "cpu"
     for peer in on_cuda:
-        assert set(peer.declares) >= set(peer.operations)
+        assert set(peer.declares) >= set(peer.operations) - {products.PRODUCT}
         for operation, points in peer.declares.items():
             assert points in measure.OPERATIONS[operation].points
         twin = peer.on_cpu()
@@ -341,7 +342,9 @@ def test_peer_files(tmp_path: Path) -> None:
 def test_on_the_device() -> None:
     peers = ("fusednorm", "torch:hf", "torch:F.rms_norm")
     found = run.find(peers, devices=("cuda",))
-    options = run.Options(rows=96, columns=1024, dtypes=("float16", "bfloat16"), seed=15, quick=True)
+    options = run.Options(
+        rows=96, columns=1024, dtypes=("float16", "bfloat16"), products=((256, 1024),), seed=15, quick=True
+    )
     told = run.audit(options, found, lambda done, total, text: None)
     assert [each.absent for each in found] == [None] * len(found)
     assert "compute capability" in told.devices["cuda"]
@@ -360,6 +363,16 @@ def test_on_the_device() -> None:
                 assert result.batch.any_row_changes_at is None
                 assert result.fp32_weight is None or result.fp32_weight.outcome == "right"
             assert (result.fp32_weight is not None) == (table.dtype == "bfloat16")
+    assert [table.dtype for table in told.products] == ["float16", "bfloat16", "float32"]
+    for product in told.products:
+        (ours,) = product.results
+        assert ours.skipped is None, ours.skipped
+        assert ours.batch is not None
+        assert ours.batch.any_row_changes_at is None
+        assert ours.relative_error is not None
+        assert ours.relative_error < 1.5e-6
+        assert ours.through is None
+        assert ours.read_as == ("fp32" if product.dtype == "float32" else None)
 
 
 def test_operands_are_not_shared_with_the_twin() -> None:

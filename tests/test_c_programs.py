@@ -20,7 +20,9 @@ import pytest
 
 LIBRARY = [path.relative_to(build_c.ROOT) for path in sorted(build_c.ROOT.glob("csrc/*.c"))]
 LIBRARY += [path.relative_to(build_c.ROOT) for path in sorted(build_c.ROOT.glob("csrc/cpu/*.c"))]
-PROGRAMS = ["rsqrt_exhaustive", "conversions_exhaustive", "norm_paths", "norm_errors", "bits_digest"]
+ERRORS = ["norm_errors", "mm_errors"]
+DIGESTS = ["bits_digest", "mm_digest"]
+PROGRAMS = ["rsqrt_exhaustive", "conversions_exhaustive", "norm_paths", "mm_paths", *ERRORS, *DIGESTS]
 THREADS = ["-pthread"]
 OPENMP = ["-fopenmp", *THREADS]
 SEED = str(helpers.SEED % 2**32)
@@ -62,8 +64,8 @@ def run(program: Path, *options: str, emulator: Sequence[str] = ()) -> str:
 
 
 def count_elements(output: str, suffix: str = "") -> None:
-    """Adds what norm_paths compared to the suite's count."""
-    paths = re.search(r"^norm_paths: paths ((?:\w+ )*\w+),", output)
+    """Adds what norm_paths or mm_paths compared to the suite's count."""
+    paths = re.search(r"^\w+_paths: paths ((?:\w+ )*\w+),", output)
     elements = re.search(r"(\d+) elements on each path", output)
     assert paths is not None
     assert elements is not None
@@ -94,20 +96,22 @@ def test_help_and_unknown_options(name: str, openmp: list[str]) -> None:
     assert "--no-such-option" in refused.stderr
 
 
-def test_the_c_interface_refuses_wrong_calls(openmp: list[str]) -> None:
-    assert "wrong calls refused" in run(build("norm_errors", openmp))
+@pytest.mark.parametrize("name", ERRORS)
+def test_the_c_interface_refuses_wrong_calls(name: str, openmp: list[str]) -> None:
+    assert "wrong calls refused" in run(build(name, openmp))
 
 
-@pytest.mark.parametrize("name", ["rsqrt_exhaustive", "conversions_exhaustive", "norm_paths"])
+@pytest.mark.parametrize("name", ["rsqrt_exhaustive", "conversions_exhaustive", "norm_paths", "mm_paths"])
 def test_sample(name: str, openmp: list[str]) -> None:
     output = run(build(name, openmp), "--sample", "--seed", SEED)
-    if name == "norm_paths":
+    if name.endswith("_paths"):
         count_elements(output)
 
 
-def test_without_openmp() -> None:
+@pytest.mark.parametrize("name", ["norm_paths", "mm_paths"])
+def test_without_openmp(name: str) -> None:
     compiler = next(filter(build_c.have_compiler, ["gcc", "clang"]), None)
-    output = run(build("norm_paths", ["-O3"], compiler), "--sample", "--seed", SEED)
+    output = run(build(name, ["-O3"], compiler), "--sample", "--seed", SEED)
     assert "threading none" in output
     count_elements(output)
 
@@ -125,8 +129,9 @@ def test_conversions_are_right_for_every_encoding(openmp: list[str]) -> None:
 
 
 @pytest.mark.exhaustive
-def test_every_path_follows_the_contract(openmp: list[str]) -> None:
-    count_elements(run(build("norm_paths", openmp), "--seed", SEED))
+@pytest.mark.parametrize("name", ["norm_paths", "mm_paths"])
+def test_every_path_follows_the_contract(name: str, openmp: list[str]) -> None:
+    count_elements(run(build(name, openmp), "--seed", SEED))
 
 
 # Other builds, whose bits must be the same
@@ -139,26 +144,28 @@ def digests(output: str) -> set[str]:
 
 
 @cache
-def plain_digest(*options: str) -> str:
+def plain_digest(name: str, *options: str) -> str:
     """Of the build that the package has."""
-    (digest,) = digests(run(build("bits_digest", OPENMP if has_openmp() else []), *options))
+    (digest,) = digests(run(build(name, OPENMP if has_openmp() else []), *options))
     return digest
 
 
 @pytest.mark.parametrize("flags", [["-O0"], ["-O3"], CONTRACTING], ids=" ".join)
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
-def test_compilers_and_their_flags_move_no_bit(compiler: str, flags: list[str]) -> None:
+@pytest.mark.parametrize("name", DIGESTS)
+def test_compilers_and_their_flags_move_no_bit(name: str, compiler: str, flags: list[str]) -> None:
     if not build_c.have_compiler(compiler):
         pytest.skip(f"{compiler} is not installed")
-    assert digests(run(build("bits_digest", flags, compiler))) == {plain_digest()}
+    assert digests(run(build(name, flags, compiler))) == {plain_digest(name)}
 
 
-def test_the_digest_sees_other_values() -> None:
-    assert plain_digest("--seed", "2") != plain_digest()
+@pytest.mark.parametrize("name", DIGESTS)
+def test_the_digest_sees_other_values(name: str) -> None:
+    assert plain_digest(name, "--seed", "2") != plain_digest(name)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sanitizers are tried on Linux only")
-@pytest.mark.parametrize("name", ["norm_errors", "norm_paths", "conversions_exhaustive"])
+@pytest.mark.parametrize("name", [*ERRORS, "norm_paths", "mm_paths", "conversions_exhaustive"])
 def test_sanitizers_find_nothing(name: str) -> None:
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1"]
     try:
@@ -189,14 +196,14 @@ def arm_tools() -> tuple[str | None, list[str]]:
     return ARM_COMPILER, [emulator, "-L", str(libc.resolve().parent.parent)]
 
 
-@pytest.mark.parametrize("name", ["rsqrt_exhaustive", "conversions_exhaustive", "norm_paths", "bits_digest"])
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in ERRORS])
 def test_neon(name: str) -> None:
     compiler, emulator = arm_tools()
     program = build(name, ["-O3"], compiler)
-    output = run(program, "--sample", *([] if name == "bits_digest" else ["--seed", SEED]), emulator=emulator)
-    if name in ("norm_paths", "conversions_exhaustive", "bits_digest"):
+    output = run(program, "--sample", *([] if name in DIGESTS else ["--seed", SEED]), emulator=emulator)
+    if name != "rsqrt_exhaustive":
         assert "neon" in output
-    if name == "norm_paths":
+    if name.endswith("_paths"):
         count_elements(output, " under qemu" if emulator else "")
-    if name == "bits_digest":
-        assert digests(output) == {plain_digest("--sample")}
+    if name in DIGESTS:
+        assert digests(output) == {plain_digest(name, "--sample")}

@@ -171,6 +171,9 @@ def test_streams_in_torch_and_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ("empty_like", ("x",), {"dtype": "f32", "memory_format": "C"})
     assert calls == [("enter", ("stream", 64, 1)), asked, "leave"]
     calls.clear()
+    _streams.torch_new_empty(SimpleNamespace(new_empty=record("new_empty")), (4, 3), "f32", 64, 1)
+    assert calls == [("enter", ("stream", 64, 1)), ("new_empty", ((4, 3),), {"dtype": "f32"}), "leave"]
+    calls.clear()
     _streams.torch_record([SimpleNamespace(record_stream=calls.append)], 64, 1)
     assert calls == [("stream", 64, 1)]
     old = SimpleNamespace(Stream=SimpleNamespace(null=None), Device=context, ExternalStream=lambda *a: context(a))

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,18 @@ def sensitive(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any, Any]:
     return from_float32(x, dtype), residual, weight
 
 
+@lru_cache
+def sensitive_product(shape: tuple[int, ...], dtype: str) -> tuple[Any, Any, Any]:
+    """Arguments, keywords and results: of products, sums and outputs many are subnormal, and all others inexact."""
+    x, _, _ = sensitive((shape[0], min(shape[1], 3000)), dtype)
+    columns = 3 if shape[0] > 100 else 40
+    b = seeded("product modes", shape).standard_normal((x.shape[1], columns), np.float32)
+    b *= np.ldexp(np.float32(1), np.arange(columns) % 3 * -19)  # the second column's results are subnormal in float16
+    b[:, 2::3] = np.ldexp(b[:, 2::3], -90)
+    keywords = {"bias": b[0].copy(), "out_dtype": dtype}
+    return (x, b), keywords, (_reference.mm_dtype(x, b, **keywords),)
+
+
 MODES = [
     ("nearest", 0, 0),
     ("upward", 1, 0),
@@ -127,7 +140,7 @@ def test_modes_are_neither_obeyed_nor_disturbed(
     for dtype in DTYPES:
         x, residual, weight = sensitive(shape, dtype)
         options = {"weight_offset": 0.1, "out_dtype": dtype}  # neither 0.1 nor eps is a float32
-        both = [
+        calls = [
             (cpu_path.rms_norm, (x, weight, 1e-5), options, (_reference.rms_norm(x, weight, 1e-5, **options),)),
             (
                 cpu_path.fused_add_rmsnorm,
@@ -135,10 +148,11 @@ def test_modes_are_neither_obeyed_nor_disturbed(
                 {"inplace": False, "out_dtype": "float32"},
                 _reference.fused_add_rmsnorm(x, residual, weight, 1e-37, out_dtype="float32"),
             ),
+            (cpu_path.mm_dtype, *sensitive_product(shape, dtype)),
         ]
         for number in (1, 2):
             fusednorm.set_num_threads(number)
-            for function, arguments, keywords, expected in both:
+            for function, arguments, keywords, expected in calls:
                 modes.set_round(rounding)
                 modes.set_flush(flush)
                 before = modes.modes(), modes.get_round(), modes.one_third(), modes.subnormal() == 0
@@ -160,6 +174,9 @@ def test_modes_of_a_call_that_fails(cpu_path: Any, modes: Any) -> None:
     for wrong in ({"eps": -1.0}, {"weight": x}, {"out": x.T}, {"out": x[::-1]}, {"out_dtype": "int8"}):
         with pytest.raises((TypeError, ValueError)):
             cpu_path.rms_norm(x, **wrong)
+    for wrong in ({"bias": x}, {"out": x}, {"out": x[:, :4].T[::-1]}, {"out_dtype": "int8"}):
+        with pytest.raises((TypeError, ValueError)):
+            cpu_path.mm_dtype(x, x.T, **wrong)
     after = modes.modes()
     modes.set_round(0)
     modes.set_flush(0)
@@ -173,10 +190,12 @@ def test_threads_born_under_flush_to_zero(modes_library: str) -> None:
         + f"""
 library = ctypes.CDLL({modes_library!r})
 library.set_flush(1); library.set_round(1)
-first = fusednorm.rms_norm(x, eps=0.0)
+first, product = fusednorm.rms_norm(x, eps=0.0), fusednorm.mm_dtype(x, x[:20].T)
 library.set_flush(0); library.set_round(0)
 assert first.tobytes() == expected
 assert same()
+assert product.tobytes() == fusednorm.mm_dtype(x, x[:20].T).tobytes()
+assert product[:9].tobytes() == _reference.mm_dtype(x[:9], x[:20].T).tobytes()
 """,
         OMP_NUM_THREADS="4",
     )
@@ -198,6 +217,12 @@ for a in (x, x[:1].repeat(160, axis=1)[:, ::1], x.reshape(3, -1)):
     library.set_flush(0)
     assert fusednorm.rms_norm(a, eps=0.0).tobytes() == wanted, a.shape
     assert library.flushing_pool(4) == 3, "a pool thread's modes were changed"
+b = np.ascontiguousarray(x[:5].T)
+wanted = _reference.mm_dtype(x, b).tobytes()
+assert library.flush_pool(4) == 4
+library.set_flush(0)
+assert fusednorm.mm_dtype(x, b).tobytes() == wanted
+assert library.flushing_pool(4) == 3, "a pool thread's modes were changed"
 """
     )
 
@@ -213,6 +238,7 @@ hostile = np.array([[np.inf, -np.inf, np.nan, 3e38, 1e-45, 0.1, 1, 1]], np.float
 libm.feenableexcept(0x1d) # all but inexact, which Python itself does not survive
 for a in (hostile, x):
     fusednorm.fused_add_rmsnorm(a, a, a[0], 1e-5, inplace=False, out_dtype="float16")
+    fusednorm.mm_dtype(a, a[:20].T, "float16", bias=a[:20, 0])
 libm.fedisableexcept(0x1d)
 print("survived")
 """

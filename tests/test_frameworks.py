@@ -232,6 +232,7 @@ x = np.ones((4, 8), np.float16)
 fusednorm.rms_norm(x, x[0], out_dtype="float32")
 fusednorm.fused_add_rmsnorm(x, x.copy())
 fusednorm.rms_norm_batch_invariant(x, 8)
+fusednorm.mm_dtype(x, x.T, "float32"); fusednorm.router_logits(x, x, "DeepSeekV3")
 fusednorm.info(); fusednorm.SEMANTICS["vllm"]
 try:
     fusednorm.rms_norm([1.0])

@@ -18,6 +18,7 @@ import array_makers as make
 import numpy as np
 import pytest
 from array_makers import f32, j32, stub, t32
+from test_mm_errors import ROWS as PRODUCT_ROWS
 from wrong_calls import ROWS, Row
 
 import fusednorm
@@ -135,7 +136,7 @@ def repeat(call: Callable[[], Any], calls: int) -> None:
         call()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+@pytest.mark.parametrize("row", [*ROWS, *PRODUCT_ROWS], ids=lambda row: row.id)
 def test_an_error_keeps_nothing(row: Row) -> None:
     function, positional, named = row.make()
 
@@ -193,18 +194,19 @@ def legacy_capsule() -> Any:
 
 MAKERS = [numpy_array, bfloat16_array, torch_tensor, torch_parameter, jax_array, stub_array, stub_managed]
 MAKERS += [capsule_array, legacy_capsule]
-FORMS = ["out", "allocated", "in place", "out of place", "batch invariant"]
+FORMS = ["out", "allocated", "in place", "out of place", "batch invariant", "product", "product out", "logits"]
 
 
 def make_call(maker: Callable[[], Any], form: str) -> tuple[Callable[[], Any], list[Any]]:
     x, residual, out, weight = maker(), maker(), maker(), f32(COLUMNS)
-    if maker is jax_array and form in ("out", "in place"):
+    if maker is jax_array and form in ("out", "in place", "product out"):
         pytest.skip("jax arrays are immutable: no output can be one")
-    if maker in (capsule_array, legacy_capsule) and form in ("allocated", "out of place", "batch invariant"):
-        form, out = (
-            {"allocated": "out", "out of place": "in place", "batch invariant": "batch out"}[form],
-            numpy_array(),
-        )
+    given = {"allocated": "out", "out of place": "in place", "batch invariant": "batch out", "product": "product out"}
+    if maker in (capsule_array, legacy_capsule) and form == "logits":
+        pytest.skip("a capsule's library makes no results")
+    if maker in (capsule_array, legacy_capsule) and form in given:
+        form, out = given[form], numpy_array()
+    square, gate = f32(COLUMNS, COLUMNS), f32(3, COLUMNS)
     x_and_weight = {
         "out": lambda: fusednorm.rms_norm(x, weight, 1e-6, out=out),
         "allocated": lambda: fusednorm.rms_norm(x, weight),
@@ -212,6 +214,9 @@ def make_call(maker: Callable[[], Any], form: str) -> tuple[Callable[[], Any], l
         "out of place": lambda: fusednorm.fused_add_rmsnorm(x, residual, weight, inplace=False),
         "batch invariant": lambda: fusednorm.rms_norm_batch_invariant(x, (COLUMNS,), weight),
         "batch out": lambda: fusednorm.rms_norm_batch_invariant(x, (COLUMNS,), weight, out=out),
+        "product": lambda: fusednorm.mm_dtype(x, square, bias=weight),
+        "product out": lambda: fusednorm.mm_dtype(x, square, out=out),
+        "logits": lambda: fusednorm.router_logits(x, gate, 2),
     }
     return x_and_weight[form], [x, residual, weight, out]
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import array_makers as make
 import numpy as np
+import pytest
 from array_makers import bf16, f32, fp8, j32, readonly, strided, stub, t32
 
 import fusednorm
@@ -33,6 +34,9 @@ class Row:
     exception: type[BaseException]
     patterns: tuple[str, ...]
     changes: dict[str, Any]
+    right: dict[str, Any]
+    required: list[str]
+    optional: list[str]  # that may be given by position
     extra: tuple[Any, ...] = ()  # more positional arguments
     keywords: dict[str, Any] = field(default_factory=dict)  # names that are also given by position
     foreign: bool = False  # raised by the array's own package, so the message is not ours
@@ -43,9 +47,9 @@ class Row:
 
     def make(self) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
         """The function, its positional arguments and its keyword arguments; skips where a package is missing."""
-        values = resolve({**RIGHT[self.function], **self.changes})
+        values = resolve({**self.right, **self.changes})
         given = {name: value for name, value in values.items() if value is not OMITTED}
-        names = [*REQUIRED[self.function], *(["weight", "eps"] if self.extra else [])]
+        names = [*self.required, *(self.optional if self.extra else [])]
         positional = [given.pop(name) for name in names if name in given]
         return getattr(fusednorm, self.function), [*positional, *self.extra], {**given, **self.keywords}
 
@@ -65,6 +69,49 @@ def resolve(values: dict[str, Any]) -> dict[str, Any]:
         return made[name]
 
     return {name: finish(name) for name in values}
+
+
+def snapshot(value: Any) -> Any:
+    """The bytes of `value` and of the memory that it is a view of; None where no memory can be read."""
+    if isinstance(value, np.ndarray):
+        whole = value
+        while isinstance(getattr(whole, "base", None), np.ndarray):
+            whole = whole.base
+        return value.tobytes(), whole.tobytes()
+    if isinstance(value, (str, bytes, type)):
+        return repr(value)
+    if hasattr(value, "untyped_storage"):
+        try:
+            return bytes(value.untyped_storage())
+        except (RuntimeError, NotImplementedError):  # sparse, meta, fake, nested: nothing that could be written
+            return None
+    if hasattr(value, "is_deleted"):
+        return None if value.is_deleted() else repr(value)
+    if hasattr(value, "tobytes"):
+        return value.tobytes()
+    return repr(value)
+
+
+def check_wrong_call(row: Row) -> None:
+    """It raises what the row says, and leaves every byte of every argument alone."""
+    function, positional, named = row.make()
+    arguments = [*positional, *named.values()]
+    before = [snapshot(value) for value in arguments]
+    threads = fusednorm.get_num_threads()
+
+    with pytest.raises(row.exception) as caught:
+        function(*positional, **named)
+
+    assert type(caught.value) is row.exception or row.foreign, f"a {type(caught.value).__name__}"
+    text = str(caught.value)
+    if not row.foreign:
+        assert text.startswith((f"{row.function}: ", f"{row.function}()")), f"does not begin with the function: {text}"
+        assert re.search(rf"\b{row.argument}\b", text), f"does not name {row.argument}: {text}"
+        assert "\n" not in text
+    for pattern in row.patterns:
+        assert re.search(pattern, text), f"no {pattern!r} in: {text}"
+    assert [snapshot(value) for value in arguments] == before, "a wrong call wrote to an argument"
+    assert fusednorm.get_num_threads() == threads
 
 
 REQUIRED = {
@@ -93,7 +140,9 @@ def row(
     function: str, argument: str, what: str, exception: type[BaseException], *patterns: str, **changes: Any
 ) -> None:
     special = {name: changes.pop(name) for name in ("extra", "keywords", "foreign") if name in changes}
-    ROWS.append(Row(function, argument, what, exception, patterns, changes, **special))
+    right, required = RIGHT[function], REQUIRED[function]
+    optional = ["weight", "eps"]
+    ROWS.append(Row(function, argument, what, exception, patterns, changes, right, required, optional, **special))
 
 
 # What is wrong wherever an array is expected.

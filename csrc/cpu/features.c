@@ -23,7 +23,8 @@ bool fn_cpu_supports(fn_path path) {
     if (!__get_cpuid_count(7, 0, &ignored, &b7, &ignored, &ignored)) return false;
     const uint64_t ymm = 0x06, zmm = 0xe6, enabled = xcr0();
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
-    if (path == FN_PATH_AVX2) return (enabled & ymm) == ymm && (b7 & bit_AVX2) && (c & bit_F16C);
+    /* FMA is a feature of its own, though every processor with AVX2 that was sold widely has it; AVX512F includes it. */
+    if (path == FN_PATH_AVX2) return (enabled & ymm) == ymm && (b7 & bit_AVX2) && (c & bit_F16C) && (c & bit_FMA);
     if (path == FN_PATH_AVX512) return (enabled & zmm) == zmm && (b7 & avx512) == avx512;
     return false;
 }

@@ -9,52 +9,23 @@
  * Moves: rms_norm reads x twice (the second time from cache) and writes out; fused add reads residual too, writes both.
  */
 #include "cpu.h"
-
-static inline float load(const char *at, fn_dtype dtype) {
-    uint16_t half;
-    float single;
-    switch (dtype) {
-    case FN_FLOAT16: memcpy(&half, at, sizeof half); return fn_f16_to_f32(half);
-    case FN_BFLOAT16: memcpy(&half, at, sizeof half); return fn_bf16_to_f32(half);
-    case FN_FLOAT32:
-    case FN_DTYPE_COUNT: break;
-    }
-    memcpy(&single, at, sizeof single);
-    return single;
-}
-
-static inline void store(char *at, float value, fn_dtype dtype) {
-    uint16_t half;
-    switch (dtype) {
-    case FN_FLOAT16:
-        half = fn_f32_to_f16(value);
-        memcpy(at, &half, sizeof half);
-        return;
-    case FN_BFLOAT16:
-        half = fn_f32_to_bf16(value);
-        memcpy(at, &half, sizeof half);
-        return;
-    case FN_FLOAT32:
-    case FN_DTYPE_COUNT: break;
-    }
-    memcpy(at, &value, sizeof value);
-}
+#include "element.h"
 
 static inline float round_to(float value, fn_dtype dtype) {
     char element[4];
-    store(element, value, dtype);
-    return load(element, dtype);
+    fn_store_element(element, value, dtype);
+    return fn_load_element(element, dtype);
 }
 
 static inline float operand(const fn_norm_plan *plan, const fn_row *row, int which, int64_t column) {
     const fn_operand *o = &plan->operand[which];
     const char *data = which == FN_WEIGHT ? o->data : row->data[which];
-    return load(data + column * o->column_stride, o->dtype);
+    return fn_load_element(data + column * o->column_stride, o->dtype);
 }
 
 static inline void put(const fn_norm_plan *plan, const fn_row *row, int which, int64_t column, float value) {
     const fn_operand *o = &plan->operand[which];
-    store(row->data[which] + column * o->column_stride, value, o->dtype);
+    fn_store_element(row->data[which] + column * o->column_stride, value, o->dtype);
 }
 
 static inline float sum_at(const fn_norm_plan *plan, const fn_row *row, int64_t column) {
@@ -119,12 +90,13 @@ static void rows(const fn_norm_plan *plan, int64_t begin, int64_t end, int hints
 
 static void widen(const void *source, fn_dtype dtype, float *target, int64_t count, bool paired) {
     (void)paired;
-    for (int64_t i = 0; i < count; i++) target[i] = load((const char *)source + i * fn_dtypes[dtype].bytes, dtype);
+    for (int64_t i = 0; i < count; i++)
+        target[i] = fn_load_element((const char *)source + i * fn_dtypes[dtype].bytes, dtype);
 }
 
 static void narrow(const float *source, fn_dtype dtype, void *target, int64_t count, bool paired) {
     (void)paired;
-    for (int64_t i = 0; i < count; i++) store((char *)target + i * fn_dtypes[dtype].bytes, source[i], dtype);
+    for (int64_t i = 0; i < count; i++) fn_store_element((char *)target + i * fn_dtypes[dtype].bytes, source[i], dtype);
 }
 
 const fn_norm_kernels fn_norm_scalar = {"scalar", rows, sum_groups, fold, finish, widen, narrow};

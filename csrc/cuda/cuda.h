@@ -10,6 +10,7 @@ typedef struct {
     int multiprocessors;
     bool clusters; /* thread block clusters and programmatic dependent launch: compute capability 9.0 and newer, in the
                       device and in the code that it runs */
+    int shared_bytes; /* that a block can have */
 } fn_cuda_properties;
 
 /* Read once for each device. */
@@ -19,7 +20,8 @@ typedef struct {
     const void *kernel;
     const void *args; /* the kernel's one parameter */
     unsigned blocks, outer_blocks, threads;
-    int cluster; /* blocks; 1: none */
+    int cluster;      /* blocks; 1: none */
+    int shared_bytes; /* besides what the kernel declares; beyond 48 KiB, after fn_cuda_allow_shared */
     int32_t device;
     void *stream;
 } fn_cuda_launch;
@@ -28,11 +30,15 @@ typedef struct {
  * has it, unless FUSEDNORM_PDL=0. */
 fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch);
 
+/* Lets a kernel have so much shared memory, on the device. */
+fn_status fn_cuda_allow_shared(int32_t device, const void *kernel, int bytes);
+
 /* Loads the kernel on the current device. */
 fn_status fn_cuda_load(const void *kernel);
 
 /* The kernels' own warm-ups; the device is current. One for each operation. */
 fn_status fn_norm_warmup(void);
+fn_status fn_mm_warmup(void);
 
 /* FN_ERROR_RUNTIME with CUDA's name and text for the error. Takes the error out of the runtime, where the next call of some
  * framework would find it. */

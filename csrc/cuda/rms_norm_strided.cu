@@ -5,6 +5,7 @@
  *
  * Moves: x (and residual, post) in twice, out (and residual_out) out once.
  */
+#include "element.cuh"
 #include "rms_norm.cuh"
 
 enum { LEVELS = 28 }; /* of the fold that one thread makes: rows of up to 8 * FN_STRIDED_THREADS * 2^27 elements */
@@ -13,42 +14,6 @@ enum { LEVELS = 28 }; /* of the fold that one thread makes: rows of up to 8 * FN
 struct fn_strided_row {
     char *data[FN_OPERANDS];
 };
-
-/* At any address: a device refuses a number that does not lie at a multiple of its size. */
-template <typename BITS> FN_DEVICE BITS load_bits(const char *at) {
-    if ((uintptr_t)at % sizeof(BITS) == 0) return *(const BITS *)at;
-    BITS bits = 0;
-#pragma unroll
-    for (unsigned i = 0; i < sizeof(BITS); i++) bits |= (BITS)((BITS)(unsigned char)at[i] << 8 * i);
-    return bits;
-}
-
-template <typename BITS> FN_DEVICE void store_bits(char *at, BITS bits) {
-    if ((uintptr_t)at % sizeof(BITS) == 0) *(BITS *)at = bits;
-    else
-#pragma unroll
-        for (unsigned i = 0; i < sizeof(BITS); i++) at[i] = (char)(bits >> 8 * i);
-}
-
-FN_DEVICE float load_element(const char *at, fn_dtype dtype) {
-    switch (dtype) {
-    case FN_FLOAT16: return fn_f16_to_f32(load_bits<uint16_t>(at));
-    case FN_BFLOAT16: return fn_bf16_to_f32(load_bits<uint16_t>(at));
-    case FN_FLOAT32:
-    case FN_DTYPE_COUNT: break;
-    }
-    return fn_bits_f32(load_bits<uint32_t>(at));
-}
-
-FN_DEVICE void store_element(char *at, float value, fn_dtype dtype) {
-    switch (dtype) {
-    case FN_FLOAT16: store_bits<uint16_t>(at, fn_f32_to_f16(value)); return;
-    case FN_BFLOAT16: store_bits<uint16_t>(at, fn_f32_to_bf16(value)); return;
-    case FN_FLOAT32:
-    case FN_DTYPE_COUNT: break;
-    }
-    store_bits<uint32_t>(at, fn_f32_bits(value));
-}
 
 /* Elements of group `group` of an operand, those past the row's end as +0. */
 FN_DEVICE void load_group(const fn_norm_strided_args &a, const fn_strided_row &row, int operand, int64_t group,

@@ -47,6 +47,8 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
     FN_CUDA_TRY("CUDA device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
     FN_CUDA_TRY("CUDA device",
                 cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device));
+    FN_CUDA_TRY("CUDA device",
+                cudaDeviceGetAttribute(&properties->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     FN_CUDA_TRY("CUDA device", enter_device(device, &previous));
     const cudaError_t error = cudaFuncGetAttributes(&code, fn_norm_strided_kernel); /* one for all of the module */
     leave_device(device, previous);
@@ -135,6 +137,7 @@ static cudaError_t launch_here(const fn_cuda_launch *launch, bool has_dependent_
     }
     const cudaLaunchConfig_t config = {.gridDim = {launch->blocks, launch->outer_blocks, 1},
                                        .blockDim = {launch->threads, 1, 1},
+                                       .dynamicSmemBytes = (size_t)launch->shared_bytes,
                                        .stream = launch->stream,
                                        .attrs = attributes,
                                        .numAttrs = count};
@@ -156,6 +159,15 @@ fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
     return FN_OK;
 }
 
+fn_status fn_cuda_allow_shared(int32_t device, const void *kernel, int bytes) {
+    int previous = 0;
+    FN_CUDA_TRY("CUDA device", enter_device(device, &previous));
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    leave_device(device, previous);
+    FN_CUDA_TRY("CUDA kernel", error);
+    return FN_OK;
+}
+
 fn_status fn_cuda_load(const void *kernel) {
     struct cudaFuncAttributes attributes;
     FN_CUDA_TRY("warmup", cudaFuncGetAttributes(&attributes, kernel));
@@ -168,7 +180,8 @@ fn_status fn_cuda_warmup(int32_t device) {
     FN_REQUIRE(device >= 0 && device < devices, FN_ERROR_VALUE, "warmup: device is %d: must be from 0 to %d", device,
                devices - 1);
     FN_CUDA_TRY("warmup", enter_device(device, &previous));
-    const fn_status status = fn_norm_warmup();
+    fn_status status = fn_norm_warmup();
+    if (status == FN_OK) status = fn_mm_warmup();
     leave_device(device, previous);
     return status;
 }

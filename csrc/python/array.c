@@ -194,23 +194,23 @@ void fn_array_close(fn_array *array) {
 
 /* ---- results -------------------------------------------------------------------------------------------------------- */
 
-static PyObject *shape_tuple(const fn_array *array) {
-    PyObject *shape = PyTuple_New(array->view.ndim);
-    for (int32_t i = 0; shape && i < array->view.ndim; i++) {
-        PyObject *size = PyLong_FromLongLong(array->shape[i]);
+PyObject *fn_result_shape(const fn_result *result) {
+    PyObject *shape = PyTuple_New(result->ndim);
+    for (int32_t i = 0; shape && i < result->ndim; i++) {
+        PyObject *size = PyLong_FromLongLong(result->shape[i]);
         if (!size) Py_CLEAR(shape);
         else PyTuple_SET_ITEM(shape, i, size);
     }
     return shape;
 }
 
-PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype,
+PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, const fn_result *result,
                             const fn_work *work) {
     switch (like->through.door) {
-    case FN_DOOR_NDARRAY: return fn_ndarray_allocate(state, function, like, dtype);
-    case FN_DOOR_TORCH: return fn_torch_allocate(state, like, dtype, work);
-    case FN_DOOR_EXCHANGE: return fn_exchange_allocate(function, like, dtype);
-    case FN_DOOR_CUPY: return fn_cupy_allocate(state, function, like, dtype, work);
+    case FN_DOOR_NDARRAY: return fn_ndarray_allocate(state, function, result);
+    case FN_DOOR_TORCH: return fn_torch_allocate(state, like, result, work);
+    case FN_DOOR_EXCHANGE: return fn_exchange_allocate(function, like, result);
+    case FN_DOOR_CUPY: return fn_cupy_allocate(state, function, like, result, work);
     case FN_DOOR_DLPACK:
     case FN_DOOR_JAX:
     case FN_DOOR_CUDA_INTERFACE: break;
@@ -222,10 +222,10 @@ PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_arra
                      function, like->view.name, fn_type_name(like->object));
         return NULL;
     }
-    if (like->view.device_type == FN_CPU) return fn_buffer_new(state, like, dtype);
-    PyObject *shape = shape_tuple(like);
-    return shape ? fn_streams_call(state, "array_api_empty", "(ONs)", like->object, shape, fn_dtypes[dtype].name)
-                 : NULL;
+    if (like->view.device_type == FN_CPU) return fn_buffer_new(state, result);
+    PyObject *shape = fn_result_shape(result);
+    const char *dtype = fn_dtypes[result->dtype].name;
+    return shape ? fn_streams_call(state, "array_api_empty", "(ONs)", like->object, shape, dtype) : NULL;
 }
 
 PyObject *fn_array_deliver(fn_state *state, const fn_array *like, PyObject *allocated) {

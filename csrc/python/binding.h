@@ -1,8 +1,9 @@
 /* binding.h: what the files of the Python boundary share. Nothing outside csrc/python includes Python.h.
  *
  *   module.c     the module: its state, its method table, info() and the thread count
- *   norms.c      the three norm functions: arguments -> a norm_call -> results
- *   call.c       one call: arrays -> fn_norm -> results
+ *   norms.c      the three norm functions: arguments -> fn_call, with fn_norm -> results
+ *   mm.c         mm_dtype and what router_logits runs: arguments -> fn_call, with fn_mm -> results
+ *   call.c       one call of any operation: arrays in, streams, the work, results out
  *   arguments.c  METH_FASTCALL parsing, scalars, flags, dtypes by any name
  *   array.c      any object -> fn_array: which door it comes through, and how it is given back
  *   dlpack.c     DLPack in: capsules, and the C exchange API
@@ -16,7 +17,7 @@
  *   device.c     CUDA: what is there, warmup(), the promise about weights
  *
  * Who decides what about streams: an importer (dlpack.c, cupy.c, interface.c) says which stream an array's own work is
- * queued on (fn_array.stream); call.c picks the call's stream (fn_work); stream.c orders the two; fn_norm queues.
+ * queued on (fn_array.stream); call.c picks the call's stream (fn_work); stream.c orders the two; fn_norm and fn_mm queue.
  *
  * A borrowed PyObject * is marked so where it is declared; functions return 0 or -1 with an exception set.
  */
@@ -86,11 +87,12 @@ typedef struct {
     bool ready;
     PyTypeObject *tensor, *parameter;
     const dl_exchange_api *api;
-    PyObject *empty_like, *is_grad_enabled, *increment_version, *unpack_dual, *contiguous_format;
+    PyObject *empty_like, *new_empty, *is_grad_enabled, *increment_version, *unpack_dual, *contiguous_format;
     PyObject *requires_grad, *is_neg; /* descriptors of torch.Tensor */
     PyObject *forward_ad_globals;
     PyObject *dtypes[FN_DTYPE_COUNT];
     PyObject *empty_like_keywords; /* ("dtype", "memory_format") */
+    PyObject *new_empty_keywords;  /* ("dtype",) */
     PyTypeObject *old_tensor;      /* torch.Tensor of a torch without the C exchange API */
 } fn_torch;
 
@@ -122,6 +124,8 @@ enum {
     FN_SIGNATURE_RMS_NORM,
     FN_SIGNATURE_FUSED_ADD_RMSNORM,
     FN_SIGNATURE_RMS_NORM_BATCH_INVARIANT,
+    FN_SIGNATURE_MM_DTYPE,
+    FN_SIGNATURE_LINEAR,
     FN_SIGNATURE_WARMUP,
     FN_SIGNATURES
 };
@@ -162,10 +166,19 @@ void fn_array_close(fn_array *array);
 /* Makes room for `ndim` sizes and strides, and points the view at it. */
 int fn_array_reserve(fn_array *array, int32_t ndim);
 
-/* An uninitialised C-contiguous array like `like` with another dtype, in its framework; for DLPACK and JAX in CPU memory a
+/* A new result. The shape may be another array's own. */
+typedef struct {
+    int32_t ndim;
+    const int64_t *shape;
+    fn_dtype dtype;
+} fn_result;
+
+/* Its shape as a tuple of Python's. New reference, or NULL. */
+PyObject *fn_result_shape(const fn_result *result);
+/* An uninitialised C-contiguous array in the framework and on the device of `like`; for DLPACK and JAX in CPU memory a
  * fn_buffer that fn_array_deliver turns into the framework's array once it is filled (on CUDA, call.c makes one around the
  * framework's own memory). New reference, or NULL. */
-PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype,
+PyObject *fn_array_allocate(fn_state *state, const char *function, const fn_array *like, const fn_result *result,
                             const fn_work *work);
 PyObject *fn_array_deliver(fn_state *state, const fn_array *like, PyObject *allocated /* stolen */);
 
@@ -204,11 +217,11 @@ int fn_capsule_device(fn_state *state, const char *function, fn_array *array);
 /* `work`: what the producer shall order before (CUDA); NULL in CPU memory. */
 int fn_import_capsule(fn_state *state, const char *function, fn_array *array, const fn_work *work);
 int fn_import_exchange(fn_state *state, const char *function, fn_array *array, bool own);
-PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dtype dtype);
+PyObject *fn_exchange_allocate(const char *function, const fn_array *like, const fn_result *result);
 
 /* ---- buffer.c ------------------------------------------------------------------------------------------------------- */
 
-PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype);
+PyObject *fn_buffer_new(fn_state *state, const fn_result *result);
 /* A buffer around the CUDA memory that a capsule gave `array`, which `work` is filling; takes the managed tensor over. */
 PyObject *fn_buffer_adopt(fn_state *state, fn_array *array, void *work);
 extern PyType_Spec fn_buffer_spec;
@@ -219,7 +232,7 @@ int fn_ndarray_ready(fn_state *state);
 bool fn_is_exact_ndarray(PyObject *object);
 bool fn_is_ndarray(PyObject *object);
 int fn_import_ndarray(fn_state *state, const char *function, fn_array *array);
-PyObject *fn_ndarray_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype);
+PyObject *fn_ndarray_allocate(fn_state *state, const char *function, const fn_result *result);
 PyObject *fn_new_descriptor(fn_state *state, const char *function, fn_dtype dtype); /* a NumPy dtype object */
 /* 1 and *dtype for a NumPy dtype object of ours, 0 for another object, -1 for a NumPy dtype that is not ours. */
 int fn_dtype_from_descriptor(fn_state *state, PyObject *object, fn_dtype *dtype);
@@ -231,7 +244,7 @@ int fn_torch_ready(fn_state *state);
 /* Refuses tensors among these whose gradient the call would lose, or whose values are not what lies in memory. Lets other
  * Python threads run, so it comes before any memory is borrowed. */
 int fn_torch_check(fn_state *state, const char *function, fn_array *const *arrays, int count);
-PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype, const fn_work *work);
+PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, const fn_result *result, const fn_work *work);
 /* Tells autograd that the torch tensors among these, at most 2, were written. */
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count);
 
@@ -239,7 +252,7 @@ int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count);
 
 int fn_cupy_ready(fn_state *state); /* as fn_torch_ready */
 int fn_import_cupy(fn_state *state, const char *function, fn_array *array);
-PyObject *fn_cupy_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype,
+PyObject *fn_cupy_allocate(fn_state *state, const char *function, const fn_array *like, const fn_result *result,
                            const fn_work *work);
 
 /* ---- interface.c ---------------------------------------------------------------------------------------------------- */
@@ -288,30 +301,57 @@ PyObject *fn_py_promise_weights(PyObject *module, PyObject *constant);
 
 /* ---- call.c --------------------------------------------------------------------------------------------------------- */
 
-enum { FN_ARG_X, FN_ARG_RESIDUAL, FN_ARG_POST, FN_ARG_WEIGHT, FN_ARG_OUT, FN_ARG_RESIDUAL_OUT, FN_ARGS };
+enum { FN_MOST_OPERANDS = 6 };
 
+typedef struct fn_call fn_call;
+
+/* What call.c has to know of an operation. Its operands are numbered: first the inputs, of which number 0 decides the device,
+ * then the outputs. Output number k, where it is new, belongs to the framework of input number k and has its dtype; the
+ * first may have out_dtype instead. */
 typedef struct {
+    int inputs, operands;
+    bool in_place; /* output number k may be exactly input number k */
+    /* What remains to be checked of the arguments, which may run Python code; NULL: nothing. */
+    int (*check)(fn_call *call, fn_array *const *array);
+    /* Fills in the shape of a new output in place of its input's; NULL: nothing to fill in. The shape lives in `room`. */
+    int (*reshape)(const fn_call *call, fn_array *const *array, fn_result *result, int64_t *room);
+    /* How much there is to do, in units of the time that a norm takes for an element. */
+    double (*effort)(const fn_call *call, fn_array *const *array);
+    /* Does it. On the CPU perhaps without the GIL. `array`: NULL where absent. */
+    fn_status (*compute)(const fn_call *call, fn_array *const *array);
+} fn_call_kind;
+
+struct fn_call {
     fn_state *state;
-    fn_norm_args args;          /* its function, numbers and flags; the arrays are filled in by fn_call */
-    const char *x_name;         /* "x", or "input" */
-    PyObject *given[FN_ARGS];   /* borrowed; NULL: not given */
-    bool allocate[FN_ARGS];     /* FN_ARG_OUT, FN_ARG_RESIDUAL_OUT: make a result */
-    PyObject *out_dtype;        /* borrowed; NULL: not given */
-    PyObject *stream;           /* borrowed; NULL: not given */
-    PyObject *normalized_shape; /* borrowed; NULL: rms_norm has none */
-    bool eps_of_dtype;          /* eps = finfo(input.dtype).eps */
-    fn_work work;
-} fn_norm_call;
+    const fn_call_kind *operation;
+    const char *function;
+    const char *const *names;          /* of the operands */
+    PyObject *given[FN_MOST_OPERANDS]; /* borrowed; NULL: not given */
+    bool allocate[FN_MOST_OPERANDS];   /* outputs: make a result */
+    PyObject *out_dtype;               /* borrowed; NULL: not given */
+    PyObject *stream;                  /* borrowed; NULL: not given */
+    fn_work work;                      /* CUDA: its handle is the stream to queue the work on */
+    bool weights_are_constant;         /* CUDA */
+};
 
-/* The results in `results`, new references. */
-int fn_call(fn_norm_call *call, PyObject *results[FN_ARGS]);
+/* The results in `results`, by the outputs' numbers, new references. */
+int fn_run_call(fn_call *call, PyObject **results);
 
-/* ---- norms.c -------------------------------------------------------------------------------------------------------- */
+static inline PyObject *fn_unless_none(PyObject *object) { return object == Py_None ? NULL : object; }
+static inline const fn_tensor *fn_view_of(const fn_array *array) { return array ? &array->view : NULL; }
+/* As a double: it may be more than any integer. */
+double fn_elements_of(const fn_tensor *view);
 
-extern const fn_signature *const fn_signatures[FN_SIGNATURES];
-extern const fn_signature fn_warmup_signature; /* device.c */
+/* ---- norms.c, mm.c -------------------------------------------------------------------------------------------------- */
+
+extern const fn_signature fn_rms_norm_signature, fn_fused_add_rmsnorm_signature, fn_rms_norm_batch_invariant_signature;
+extern const fn_signature fn_mm_dtype_signature, fn_linear_signature;
+extern const fn_signature fn_warmup_signature;                 /* device.c */
+extern const fn_signature *const fn_signatures[FN_SIGNATURES]; /* module.c */
 PyObject *fn_py_rms_norm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *fn_py_fused_add_rmsnorm(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *fn_py_rms_norm_batch_invariant(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
+PyObject *fn_py_mm_dtype(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
+PyObject *fn_py_linear(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 
 #endif

@@ -19,28 +19,28 @@ typedef struct {
 } fn_buffer;
 
 /* Without memory yet. */
-static fn_buffer *new_buffer(fn_state *state, const fn_array *like, fn_dtype dtype, int64_t *elements) {
+static fn_buffer *new_buffer(fn_state *state, const fn_result *result, int64_t *elements) {
     fn_buffer *buffer = PyObject_New(fn_buffer, state->buffer_type);
     if (!buffer) return NULL;
     buffer->memory = NULL;
     buffer->on_cuda = false;
-    buffer->ndim = like->view.ndim;
-    buffer->dtype = dtype;
+    buffer->ndim = result->ndim;
+    buffer->dtype = result->dtype;
     *elements = 1;
-    for (int32_t i = like->view.ndim - 1; i >= 0; i--) {
-        buffer->shape[i] = like->shape[i];
+    for (int32_t i = result->ndim - 1; i >= 0; i--) {
+        buffer->shape[i] = result->shape[i];
         buffer->strides[i] = *elements;
-        if (__builtin_mul_overflow(*elements, like->shape[i], elements)) *elements = INT64_MAX / 8;
+        if (__builtin_mul_overflow(*elements, result->shape[i], elements)) *elements = INT64_MAX / 8;
     }
     return buffer;
 }
 
-PyObject *fn_buffer_new(fn_state *state, const fn_array *like, fn_dtype dtype) {
+PyObject *fn_buffer_new(fn_state *state, const fn_result *result) {
     int64_t elements;
-    fn_buffer *buffer = new_buffer(state, like, dtype, &elements);
+    fn_buffer *buffer = new_buffer(state, result, &elements);
     if (!buffer) return NULL;
-    const size_t bytes =
-        ((size_t)elements * (size_t)fn_dtypes[dtype].bytes + BUFFER_ALIGNMENT) & ~(size_t)(BUFFER_ALIGNMENT - 1);
+    const size_t bytes = ((size_t)elements * (size_t)fn_dtypes[result->dtype].bytes + BUFFER_ALIGNMENT) &
+                         ~(size_t)(BUFFER_ALIGNMENT - 1);
     buffer->memory = aligned_alloc(BUFFER_ALIGNMENT, bytes);
     if (!buffer->memory) {
         Py_DECREF(buffer);
@@ -57,7 +57,8 @@ PyObject *fn_buffer_adopt(fn_state *state, fn_array *array, void *work) {
         return NULL;
     }
     int64_t elements;
-    fn_buffer *buffer = new_buffer(state, array, array->view.dtype, &elements);
+    const fn_result result = {array->view.ndim, array->view.shape, array->view.dtype};
+    fn_buffer *buffer = new_buffer(state, &result, &elements);
     if (!buffer) {
         fn_cuda_event_finish(event);
         return NULL;

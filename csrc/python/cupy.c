@@ -115,25 +115,25 @@ static bool is_current_device(const fn_cupy *cupy, int32_t device) {
     return number == device;
 }
 
-PyObject *fn_cupy_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype,
+PyObject *fn_cupy_allocate(fn_state *state, const char *function, const fn_array *like, const fn_result *result,
                            const fn_work *work) {
     const fn_cupy *cupy = &state->cupy;
-    PyObject *shape = PyObject_GetAttr(like->object, state->text_shape);
-    PyObject *descriptor = shape ? fn_new_descriptor(state, function, dtype) : NULL;
-    PyObject *result = NULL;
+    PyObject *shape = fn_result_shape(result);
+    PyObject *descriptor = shape ? fn_new_descriptor(state, function, result->dtype) : NULL;
+    PyObject *object = NULL;
     if (descriptor) {
         PyObject *arguments[] = {shape, descriptor};
         if ((!work->given || work->handle == like->stream) && is_current_device(cupy, like->view.device_id))
-            result = PyObject_Vectorcall(cupy->empty, arguments, 2, NULL);
+            object = PyObject_Vectorcall(cupy->empty, arguments, 2, NULL);
         else
-            result = fn_streams_call(state, "cupy_empty", "(OOKi)", shape, descriptor,
+            object = fn_streams_call(state, "cupy_empty", "(OOKi)", shape, descriptor,
                                      (unsigned long long)(uintptr_t)(work->given ? work->handle : like->stream),
                                      (int)like->view.device_id);
-        if (!result && dtype == FN_BFLOAT16 && like->view.dtype != dtype &&
+        if (!object && result->dtype == FN_BFLOAT16 && like->view.dtype != FN_BFLOAT16 &&
             (PyErr_ExceptionMatches(PyExc_TypeError) || PyErr_ExceptionMatches(PyExc_ValueError)))
             PyErr_Format(PyExc_TypeError, "%s: out_dtype is bfloat16, which this CuPy does not have", function);
     }
     Py_XDECREF(shape);
     Py_XDECREF(descriptor);
-    return result;
+    return object;
 }

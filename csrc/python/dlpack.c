@@ -196,19 +196,20 @@ static void set_allocation_error(void *context, const char *kind, const char *me
                   kind ? kind : "error", message ? message : "");
 }
 
-PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dtype dtype) {
+PyObject *fn_exchange_allocate(const char *function, const fn_array *like, const fn_result *result) {
     const dl_exchange_api *api = like->through.api;
     int64_t shape[FN_MAX_NDIM];
-    memcpy(shape, like->shape, sizeof shape[0] * (size_t)like->view.ndim);
+    memcpy(shape, result->shape, sizeof shape[0] * (size_t)result->ndim);
+    const fn_dtype_info *dtype = &fn_dtypes[result->dtype];
     dl_tensor prototype = {
         .device = {like->view.device_type == FN_CUDA ? DL_CUDA : DL_CPU, like->view.device_id},
-        .ndim = like->view.ndim,
-        .dtype = {(uint8_t)fn_dtypes[dtype].dlpack_code, (uint8_t)(8 * fn_dtypes[dtype].bytes), 1},
+        .ndim = result->ndim,
+        .dtype = {(uint8_t)dtype->dlpack_code, (uint8_t)(8 * dtype->bytes), 1},
         .shape = shape,
     };
     allocation_error error = {"no reason given"};
     dl_managed_tensor_versioned *managed = NULL;
-    void *result = NULL;
+    void *object = NULL;
     if (!api->allocate || !api->managed_to_object ||
         api->allocate(&prototype, &managed, &error, set_allocation_error) != 0 || !managed) {
         if (!PyErr_Occurred())
@@ -217,7 +218,7 @@ PyObject *fn_exchange_allocate(const char *function, const fn_array *like, fn_dt
                          like->view.name, fn_type_name(like->object), error.text);
         return NULL;
     }
-    if (api->managed_to_object(managed, &result) == 0 && result) return result;
+    if (api->managed_to_object(managed, &object) == 0 && object) return object;
     if (!PyErr_Occurred())
         PyErr_Format(PyExc_RuntimeError, "%s: a result like %s, a %s, was allocated but not returned: give the outputs",
                      function, like->view.name, fn_type_name(like->object));

@@ -54,6 +54,22 @@
     "use float32's eps for float16 and bfloat16: pass eps where that matters).\n"                                      \
     "Returns out.\n\n" DOC_ARRAYS "\n" DOC_ERRORS
 
+#define DOC_MM_DTYPE                                                                                                     \
+    "mm_dtype($module, a, b, out_dtype=None, *, bias=None, out=None, stream=None)\n--\n\n"                               \
+    "a @ b + bias with another dtype than a's: multiplied and added in float32, rounded once, at the end.\n\n"           \
+    "a: (M, K). b: (K, N), such as weight.T, which is not copied. bias: (N,), or None. Any of M, N and K may be 0.\n"    \
+    "out_dtype: of a new result; a's by default. out: array of shape (M, N) to write, which overlaps no other.\n"        \
+    "stream: as in rms_norm. Returns out, new or given.\n\n"                                                             \
+    "Arrays may be of every kind that rms_norm takes, with any strides and alignment, each float32, float16 or\n"        \
+    "bfloat16, independently. A new array is C-contiguous and belongs to a's framework.\n\n"                             \
+    "The bits of a row of the result depend on the row's values, b, the bias and the dtypes alone: not on M, strides,\n" \
+    "alignment, threads or instruction set. float32 is multiplied as float32, never as TF32. A GPU's bits are others\n"  \
+    "than the CPU's. docs/numerics.md states the order of the additions.\n\n" DOC_ERRORS
+
+#define DOC_LINEAR                                                                                                     \
+    "_linear($module, x, gate_weight, out_dtype=None, bias=None, /)\n--\n\n"                                           \
+    "mm_dtype over x's last dimension, x: (..., K), with gate_weight (N, K) transposed. Returns (..., N)."
+
 #define DOC_INFO                                                                                                       \
     "info($module, /)\n--\n\n"                                                                                         \
     "What was built and what this machine can run: a new dict with version, compiler, cpu (path, built,\n"             \

@@ -87,6 +87,8 @@ static PyMethodDef methods[] = {
     {"rms_norm", FASTCALL(fn_py_rms_norm), DOC_RMS_NORM},
     {"fused_add_rmsnorm", FASTCALL(fn_py_fused_add_rmsnorm), DOC_FUSED_ADD_RMSNORM},
     {"rms_norm_batch_invariant", FASTCALL(fn_py_rms_norm_batch_invariant), DOC_RMS_NORM_BATCH_INVARIANT},
+    {"mm_dtype", FASTCALL(fn_py_mm_dtype), DOC_MM_DTYPE},
+    {"_linear", FASTCALL(fn_py_linear), DOC_LINEAR},
     {"info", py_info, METH_NOARGS, DOC_INFO},
     {"get_num_threads", py_get_num_threads, METH_NOARGS, DOC_GET_NUM_THREADS},
     {"set_num_threads", py_set_num_threads, METH_O, DOC_SET_NUM_THREADS},
@@ -98,6 +100,16 @@ static PyMethodDef methods[] = {
     {"_force_cuda_schedule", fn_py_force_cuda_schedule, METH_O, DOC_FORCE_CUDA_SCHEDULE},
     {NULL, NULL, 0, NULL},
 };
+
+const fn_signature *const fn_signatures[] = {
+    [FN_SIGNATURE_RMS_NORM] = &fn_rms_norm_signature,
+    [FN_SIGNATURE_FUSED_ADD_RMSNORM] = &fn_fused_add_rmsnorm_signature,
+    [FN_SIGNATURE_RMS_NORM_BATCH_INVARIANT] = &fn_rms_norm_batch_invariant_signature,
+    [FN_SIGNATURE_MM_DTYPE] = &fn_mm_dtype_signature,
+    [FN_SIGNATURE_LINEAR] = &fn_linear_signature,
+    [FN_SIGNATURE_WARMUP] = &fn_warmup_signature,
+};
+_Static_assert(sizeof fn_signatures / sizeof fn_signatures[0] == FN_SIGNATURES, "every function has a row");
 
 /* ---- state -------------------------------------------------------------------------------------------------------------- */
 
@@ -150,6 +162,7 @@ static int module_clear(PyObject *module) {
                                 (PyObject **)&torch->tensor,
                                 (PyObject **)&torch->parameter,
                                 &torch->empty_like,
+                                &torch->new_empty,
                                 &torch->is_grad_enabled,
                                 &torch->increment_version,
                                 &torch->unpack_dual,
@@ -161,6 +174,7 @@ static int module_clear(PyObject *module) {
                                 &torch->dtypes[FN_FLOAT16],
                                 &torch->dtypes[FN_BFLOAT16],
                                 &torch->empty_like_keywords,
+                                &torch->new_empty_keywords,
                                 (PyObject **)&torch->old_tensor,
                                 (PyObject **)&state->cupy.ndarray,
                                 &state->cupy.empty,

@@ -97,10 +97,10 @@ PyObject *fn_new_descriptor(fn_state *state, const char *function, fn_dtype dtyp
     return (PyObject *)new_descriptor(state, function, dtype);
 }
 
-PyObject *fn_ndarray_allocate(fn_state *state, const char *function, const fn_array *like, fn_dtype dtype) {
-    PyArray_Descr *descr = new_descriptor(state, function, dtype);
+PyObject *fn_ndarray_allocate(fn_state *state, const char *function, const fn_result *result) {
+    PyArray_Descr *descr = new_descriptor(state, function, result->dtype);
     if (!descr) return NULL;
     npy_intp shape[FN_MAX_NDIM];
-    for (int32_t i = 0; i < like->view.ndim; i++) shape[i] = like->shape[i];
-    return PyArray_NewFromDescr(&PyArray_Type, descr, like->view.ndim, shape, NULL, NULL, 0, NULL); /* steals descr */
+    for (int32_t i = 0; i < result->ndim; i++) shape[i] = result->shape[i];
+    return PyArray_NewFromDescr(&PyArray_Type, descr, result->ndim, shape, NULL, NULL, 0, NULL); /* steals descr */
 }

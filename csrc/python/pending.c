@@ -13,9 +13,9 @@ enum { PENDING_CALLS = 64 };
 
 typedef struct {
     void *event;
-    dl_managed_tensor_versioned *versioned[FN_ARGS];
-    dl_managed_tensor *legacy[FN_ARGS];
-    PyObject *objects[FN_ARGS];
+    dl_managed_tensor_versioned *versioned[FN_MOST_OPERANDS];
+    dl_managed_tensor *legacy[FN_MOST_OPERANDS];
+    PyObject *objects[FN_MOST_OPERANDS];
 } pending_call;
 
 static pending_call pending[PENDING_CALLS]; /* oldest first */
@@ -26,7 +26,7 @@ int fn_pending_count;
 static void release(pending_call *call) {
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
-    for (int i = 0; i < FN_ARGS; i++) {
+    for (int i = 0; i < FN_MOST_OPERANDS; i++) {
         if (call->versioned[i] && call->versioned[i]->deleter) call->versioned[i]->deleter(call->versioned[i]);
         if (call->legacy[i] && call->legacy[i]->deleter) call->legacy[i]->deleter(call->legacy[i]);
         Py_XDECREF(call->objects[i]);

@@ -115,7 +115,7 @@ static int foreign_streams(const fn_work *work, fn_array *const *arrays, int cou
 }
 
 static int order(const fn_work *work, fn_array *const *arrays, int count, int32_t device, bool before) {
-    void *streams[FN_ARGS];
+    void *streams[FN_MOST_OPERANDS];
     const int found = foreign_streams(work, arrays, count, device, streams);
     for (int i = 0; i < found; i++) {
         const fn_status status = before ? fn_cuda_order_streams(device, streams[i], work->handle)

@@ -47,6 +47,7 @@ int fn_torch_ready(fn_state *state) {
     } wanted[] = {
         {"nn.Parameter", (PyObject **)&torch->parameter},
         {"empty_like", &torch->empty_like},
+        {"Tensor.new_empty", &torch->new_empty},
         {"contiguous_format", &torch->contiguous_format},
         {"is_grad_enabled", &torch->is_grad_enabled},
         {"_C._increment_version", &torch->increment_version},
@@ -66,7 +67,8 @@ int fn_torch_ready(fn_state *state) {
         }
     }
     torch->empty_like_keywords = Py_BuildValue("(ss)", "dtype", "memory_format");
-    if (!torch->empty_like_keywords) {
+    torch->new_empty_keywords = Py_BuildValue("(s)", "dtype");
+    if (!torch->empty_like_keywords || !torch->new_empty_keywords) {
         Py_DECREF(tensor);
         return -1;
     }
@@ -157,20 +159,39 @@ int fn_torch_check(fn_state *state, const char *function, fn_array *const *array
 
 /* ---- results -------------------------------------------------------------------------------------------------------------- */
 
-PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, fn_dtype dtype, const fn_work *work) {
-    const fn_torch *torch = &state->torch;
+/* Of the shape of `like`: the fastest of torch's ways. */
+static PyObject *empty_like(const fn_torch *torch, const fn_array *like, fn_dtype dtype) {
     int64_t compact = fn_dtypes[like->view.dtype].bytes;
     bool contiguous = dtype == like->view.dtype;
     for (int32_t i = like->view.ndim - 1; contiguous && i >= 0; i--) {
         if (like->shape[i] != 1 && like->stride_bytes[i] != compact) contiguous = false;
         compact *= like->shape[i];
     }
-    /* Torch reuses memory in the order of the stream that it was allocated on, so that must be the call's. */
-    if (work->given && like->has_stream && like->stream != work->handle)
-        return fn_streams_call(state, "torch_empty_like", "(OOKi)", like->object, torch->dtypes[dtype],
-                               (unsigned long long)(uintptr_t)work->handle, (int)like->view.device_id);
     PyObject *arguments[] = {like->object, torch->dtypes[dtype], torch->contiguous_format};
     return PyObject_Vectorcall(torch->empty_like, arguments, 1, contiguous ? NULL : torch->empty_like_keywords);
+}
+
+PyObject *fn_torch_allocate(fn_state *state, const fn_array *like, const fn_result *result, const fn_work *work) {
+    const fn_torch *torch = &state->torch;
+    PyObject *dtype = torch->dtypes[result->dtype]; /* borrowed */
+    const bool same_shape = result->shape == like->view.shape;
+    /* Torch reuses memory in the order of the stream that it was allocated on, so that must be the call's. */
+    const bool elsewhere = work->given && like->has_stream && like->stream != work->handle;
+    const unsigned long long handle = elsewhere ? (uintptr_t)work->handle : 0;
+    if (same_shape && elsewhere)
+        return fn_streams_call(state, "torch_empty_like", "(OOKi)", like->object, dtype, handle,
+                               (int)like->view.device_id);
+    if (same_shape) return empty_like(torch, like, result->dtype);
+    PyObject *shape = fn_result_shape(result), *object = NULL;
+    if (shape && elsewhere) {
+        object = fn_streams_call(state, "torch_new_empty", "(OOOKi)", like->object, shape, dtype, handle,
+                                 (int)like->view.device_id);
+    } else if (shape) {
+        PyObject *arguments[] = {like->object, shape, dtype};
+        object = PyObject_Vectorcall(torch->new_empty, arguments, 2, torch->new_empty_keywords);
+    }
+    Py_XDECREF(shape);
+    return object;
 }
 
 int fn_torch_mark_written(fn_state *state, fn_array *const *arrays, int count) {

@@ -12,26 +12,31 @@ from pathlib import Path
 
 from . import plot, report
 from .measure import OPERATIONS
-from .operands import DTYPES, sources
+from .operands import DTYPES, Shape, sources
 from .peer_files import WrongFile
 from .peers import DEVICES, absent_package, cuda_reason
+from .products import PRODUCT, QUICK_SHAPES, SHAPES
 from .progress import progress_bar
 from .run import Found, Options, audit, find
 
-SUMMARY = "count what every RMSNorm found here rounds differently from the exact result"
+SUMMARY = "count what every RMSNorm and product found here rounds differently from the exact result"
 DESCRIPTION = """Compares every RMSNorm found in this installation (fusednorm under each preset, NumPy, and those of
 PyTorch and transformers where they are installed; on CUDA also FlashInfer, QuACK, Liger, vLLM and SGLang) with the
 exact result, with HF eager, with itself in batches of other sizes and on the CPU, and in time; on random data and on
-the hidden states of a real model."""
+the hidden states of a real model. Then the products with an fp32 result (fusednorm, NumPy, PyTorch; on CUDA also the
+batch-invariant kernels of batch_invariant_ops, vLLM and SGLang, and DeepGEMM): whether a row keeps its bits in batches
+of other sizes, the error against float64, and whether 16 bits or TF32 came between."""
 EXAMPLES = """examples:
   python -m fusednorm audit                                 everything that is found; a minute or two
   python -m fusednorm audit --quick                         small arrays, without torch.compile: seconds
   python -m fusednorm audit --list                          what was found, and what is absent and why
   python -m fusednorm audit --device cuda --peer mine.py    on CUDA alone, with the kernels of a file of yours
   python -m fusednorm audit --plot audit.png --json a.json  also as a picture and as data
+  python -m fusednorm audit --operation mm_dtype --products 256x7168,4096x4096
   python -m fusednorm audit --peers fusednorm,torch:hf --dtype bf16 --columns 4096 --data random
 """
 QUICK = {"rows": 256, "columns": 1024}
+ALL_OPERATIONS = (*OPERATIONS, PRODUCT)
 
 
 def _names(allowed: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -55,6 +60,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return number
 
     return parse
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    shapes = []
+    for part in text.split(","):
+        numbers = [int(number) if number.isascii() and number.isdigit() else 0 for number in part.split("x")]
+        if len(numbers) != 2 or numbers[0] < 1 or numbers[1] < 2:
+            raise argparse.ArgumentTypeError(f"{part!r} is not like 256x7168: N, at least 1, by K, at least 2")
+        shapes.append((numbers[0], numbers[1]))
+    return tuple(dict.fromkeys(shapes))
 
 
 def _input(text: str) -> Path:
@@ -89,15 +104,23 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = parser.add_argument
     add("--rows", type=_at_least(1), metavar="N", help="rows of the random data (1024; with --quick 256)")
     add("--columns", type=_at_least(1), metavar="N", help="their length (2048; with --quick 1024)")
-    add("--dtype", type=_names(DTYPES), default=("float16", "bfloat16"), metavar="NAMES", help="fp16,bf16; also fp32")
+    add(
+        "--dtype",
+        type=_names(DTYPES),
+        default=("float16", "bfloat16"),
+        metavar="NAMES",
+        help="fp16,bf16; also fp32, which products always have",
+    )
     add("--data", type=_names(sources(1, 1, 0)), default=("random", "hidden"), metavar="NAMES", help="random,hidden")
-    add("--operation", type=_names(OPERATIONS), default=tuple(OPERATIONS), metavar="NAMES", help=",".join(OPERATIONS))
+    add("--operation", type=_names(ALL_OPERATIONS), default=ALL_OPERATIONS, metavar="NAMES",
+        help=",".join(ALL_OPERATIONS))  # fmt: skip
+    add("--products", type=_shapes, metavar="SHAPES", help="N x K of the products' weights (256x7168; quick 256x1024)")
     add("--peers", type=lambda text: tuple(text.split(",")), default=(), metavar="NAMES",
         help="only these: names, their beginnings or patterns, as --list shows them")  # fmt: skip
     add("--device", type=_names(DEVICES), metavar="NAMES",
         help="cpu,cuda (both where torch and a CUDA device are found; else cpu)")  # fmt: skip
     add("--peer", type=_input, action="append", default=[], metavar="FILE",
-        help="also the norms of this Python file's list PEERS (see fusednorm/audit/peer_files.py)")  # fmt: skip
+        help="also the peers of this Python file's list PEERS (see fusednorm/audit/peer_files.py)")  # fmt: skip
     add("--seed", type=_at_least(0), metavar="N", help="of the random data (a fresh one, shown in the output)")
     add("--threads", type=_at_least(1), metavar="N", help="of every package that can be told (default: as they are)")
     add("--quick", action="store_true", help="small arrays, fewer batch sizes, no torch.compile")
@@ -164,6 +187,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtypes=tuple(dict.fromkeys(DTYPES[name] for name in arguments.dtype)),
         data=arguments.data,
         operations=arguments.operation,
+        products=arguments.products or (QUICK_SHAPES if arguments.quick else SHAPES),
         peers=arguments.peers,
         files=tuple(arguments.peer),
         seed=secrets.randbelow(2**32) if arguments.seed is None else arguments.seed,
@@ -182,7 +206,8 @@ def run(arguments: argparse.Namespace) -> int:
             with arguments.json.open("w", encoding="utf-8") as stream:
                 report.write_json(result, stream)
             print(f"data: {arguments.json}", file=sys.stderr)
-    if arguments.plot is not None and result.tables:
+    measured = bool(result.tables or result.products)
+    if arguments.plot is not None and measured:
         plot.draw(result, arguments.plot)
         print(f"plot: {arguments.plot}", file=sys.stderr)
-    return 0 if result.tables else 1
+    return 0 if measured else 1

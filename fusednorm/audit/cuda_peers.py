@@ -14,16 +14,16 @@ import fusednorm
 
 from . import torch_peers
 from .operands import Operands
-from .peers import Absent, Ours, Peer, declared, first_line, ours
+from .peers import Absent, Peer, declared, first_line, ours
 from .torch_peers import TorchPeer
 
 
 class OursOnCuda(TorchPeer):
-    """A preset of ours on CUDA tensors: the operands and keywords of its twin on the CPU."""
+    """A preset or product of ours on CUDA tensors: the operands and keywords of its twin on the CPU."""
 
     package = "fusednorm"
 
-    def __init__(self, twin: Ours) -> None:
+    def __init__(self, twin: Peer) -> None:
         super().__init__("cuda")
         self.twin = twin
         self.name, self.label, self.operations, self.declares = twin.name, twin.label, twin.operations, twin.declares
@@ -46,6 +46,9 @@ class OursOnCuda(TorchPeer):
 
     def fused_add_rmsnorm(self, x: Any, residual: Any, weight: Any, eps: float) -> tuple[Any, Any]:
         return self.twin.fused_add_rmsnorm(x, residual, weight, eps)
+
+    def mm_dtype(self, a: Any, b: Any) -> Any:
+        return self.twin.mm_dtype(a, b)
 
     def on_cpu(self) -> Peer | None:
         return self.twin

@@ -216,8 +216,7 @@ def batch_sizes(largest: int, seed: int, quick: bool) -> list[int]:
 
 def check_batches(peer: Peer, operation: Operation, operands: Operands, sizes: list[int]) -> Batch:
     dtype = numpy_dtype(operands.dtype)
-    largest = max(sizes)
-    arrays = peer.arrays(operands.repeated(largest))
+    arrays = peer.arrays(operands.repeated(max(sizes)))
 
     def run(start: int, stop: int) -> Array:
         part = {name: a[start:stop] if name in operation.batched else a for name, a in arrays.items()}
@@ -225,7 +224,13 @@ def check_batches(peer: Peer, operation: Operation, operands: Operands, sizes: l
         peer.synchronise()
         return encodings(peer.to_numpy(result, dtype))
 
-    distinct = min(largest, operands.rows)
+    return compare_batches(run, operands.rows, sizes)
+
+
+def compare_batches(run: Callable[[int, int], Array], rows: int, sizes: list[int]) -> Batch:
+    """`run(start, stop)` gives the encodings of these rows computed in one call; row i repeats row i - `rows`."""
+    largest = max(sizes)
+    distinct = min(largest, rows)
     alone = np.concatenate([run(row, row + 1) for row in range(distinct)])[np.arange(largest) % distinct]
     batch = Batch(len(sizes), largest)
     for size in sizes:

@@ -22,6 +22,7 @@ DTYPES = {  # as they may be asked for; what is shown is the value
     "float32": "float32",
 }
 EPS = 1e-6
+Shape = tuple[int, int]  # of a product's weight: (n, k)
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,23 @@ class Operands:
         index = np.arange(rows) % self.rows
         arrays = {name: a[index] if a.ndim == 2 else a for name, a in self.arrays.items()}
         return Operands(self.data, self.dtype, arrays, self.eps)
+
+
+@dataclass(frozen=True)
+class Factors(Operands):
+    """Of a product. `arrays` holds a, (rows, k), and b, (k, n), which is a transposed view of a weight."""
+
+    @property
+    def rows(self) -> int:
+        return int(self.arrays["a"].shape[0])
+
+    @property
+    def columns(self) -> int:
+        return int(self.arrays["b"].shape[1])
+
+    def repeated(self, rows: int) -> Factors:
+        a = self.arrays["a"]
+        return Factors(self.data, self.dtype, {**self.arrays, "a": a[np.arange(rows) % len(a)]})
 
 
 def numpy_dtype(name: str) -> np.dtype[Any]:
@@ -78,6 +96,20 @@ def random_operands(dtype: str, rows: int, columns: int, seed: int) -> Operands:
         "weight": rng.uniform(0.5, 1.5, columns).astype(np.float32),
     }
     return Operands("random", dtype, {name: a.astype(numpy_dtype(dtype)) for name, a in drawn.items()})
+
+
+def random_factors(dtype: str, rows: int, shape: Shape, seed: int) -> Factors:
+    """a from N(0, 1), the weight from N(0, 1/k): results are about 1. One draw in fp32, rounded to the dtype."""
+    n, k = shape
+    rng = np.random.default_rng(seed)
+    a = rng.standard_normal((rows, k), np.float32)
+    weight = rng.standard_normal((n, k), np.float32) / np.sqrt(np.float32(k))
+    to = numpy_dtype(dtype)
+    return Factors(shape_text(shape), dtype, {"a": a.astype(to), "b": weight.astype(to).T})
+
+
+def shape_text(shape: Shape) -> str:
+    return f"{shape[0]}x{shape[1]}"
 
 
 def hidden_operands(dtype: str) -> Operands:

@@ -1,4 +1,4 @@
-"""`--peer FILE`: norms of the user's own.
+"""`--peer FILE`: norms and products of the user's own.
 
 FILE is a Python module with a list PEERS of instances of `fusednorm.audit.Peer`, or of `fusednorm.audit.KernelPeer`,
 which is one for kernels on torch's CUDA tensors:
@@ -11,7 +11,13 @@ which is one for kernels on torch's CUDA tensors:
         def norm(self, x, weight, eps): return self.run(x, weight, eps)
         operations = ("rms_norm",)
 
-    PEERS = [Mine()]
+    class MyProduct(KernelPeer):
+        name, label, package = "my-mm", "my product", "my-package"
+        def prepare(self): import my_package; self.run = my_package.mm
+        def mm_dtype(self, a, b): return self.run(a, b)  # b is a transposed view; the result is float32
+        operations = ("mm_dtype",)
+
+    PEERS = [Mine(), MyProduct()]
 
 A peer with the name and device of a known one takes its place.
 """

@@ -1,4 +1,4 @@
-"""The RMSNorms that the audit compares, and the registry that holds them.
+"""The RMSNorms and products that the audit compares, and the registry that holds them.
 
 A peer is a small class. To add one (a package's norm, a CUDA kernel, a product), write a subclass in a module that
 imports its package inside `load` alone, put an instance in that module's list and the list in `registry`; or leave the
@@ -63,7 +63,7 @@ def cuda_reason() -> str | None:
 
 
 class Peer:
-    """One RMSNorm on one device, on the operations that it names. Name and device together are its identity."""
+    """An RMSNorm or a product on one device, for the operations that it names; name and device are its identity."""
 
     name = ""  # what --peers matches
     label = ""  # what tables show
@@ -101,6 +101,10 @@ class Peer:
 
     def fused_add_rmsnorm(self, x: Any, residual: Any, weight: Any, eps: float) -> tuple[Any, Any]:
         """(norm of the sum, the sum), in new arrays."""
+        raise NotImplementedError
+
+    def mm_dtype(self, a: Any, b: Any) -> Any:
+        """a @ b in float32, by the shortest way that the package has to it."""
         raise NotImplementedError
 
     def to_numpy(self, array: Any, dtype: np.dtype[Any]) -> Array:
@@ -233,8 +237,8 @@ def ours() -> list[Ours]:
 
 
 def registry(devices: tuple[str, ...] = ("cpu",)) -> list[Peer]:
-    """Every norm that the audit knows on these devices, in the order of its tables."""
-    from . import cuda_peers, torch_peers
+    """Every norm and product that the audit knows on these devices, in the order of its tables."""
+    from . import cuda_peers, product_peers, torch_peers
 
-    known: list[Peer] = [*ours(), PlainNumpy(), *torch_peers.peers("cpu"), *cuda_peers.peers()]
+    known: list[Peer] = [*ours(), PlainNumpy(), *torch_peers.peers("cpu"), *cuda_peers.peers(), *product_peers.peers()]
     return [peer for device in devices for peer in known if peer.device == device]

@@ -6,7 +6,9 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+from . import product_plot
 from .measure import CPU_BITS, NEAREST, OPERATIONS, Table
+from .products import ProductTable
 from .report import on_cuda, rounds
 from .run import Report
 
@@ -36,39 +38,47 @@ def missing() -> str | None:
 
 
 def draw(report: Report, path: Path) -> None:
-    """One panel a table, two dtypes beside each other; PNG or SVG by the file's ending."""
+    """One panel a table, its dtypes beside each other; PNG or SVG by the file's ending."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups: dict[tuple[str, str, str], list[Table]] = {}
+    norms: dict[tuple[str, str, str], list[Table]] = {}
     for table in report.tables:
-        groups.setdefault((table.device, table.data, table.operation), []).append(table)
-    if not groups:
+        norms.setdefault((table.device, table.data, table.operation), []).append(table)
+    products: dict[tuple[str, int, int], list[ProductTable]] = {}
+    for product in report.products:
+        products.setdefault((product.device, product.n, product.k), []).append(product)
+    if not norms and not products:
         raise SystemExit("--plot: there is no table to draw")
-    width = max(len(tables) for tables in groups.values())
-    heights = [max(map(_height, tables)) for tables in groups.values()]
+    widths = [*map(len, norms.values()), *map(len, products.values())]
+    heights = [max(map(_height, tables)) for tables in norms.values()]
+    heights += [product_plot.height(tables) for tables in products.values()]
     with pyplot.rc_context({"svg.fonttype": "path", "svg.hashsalt": "fusednorm", "font.size": 9}):
         figure, axes = pyplot.subplots(
-            len(groups),
-            width,
-            figsize=(2.6 + 3.7 * width, sum(heights)),
+            len(heights),
+            max(widths),
+            figsize=(2.6 + 3.7 * max(widths), sum(heights)),
             height_ratios=heights,
             squeeze=False,
             layout="constrained",
         )
         legend = {}
-        for line, tables in zip(axes, groups.values(), strict=True):
-            for i, axis in enumerate(line):
-                if i < len(tables):
-                    legend.update(_panel(axis, tables[i], _lines(tables), names=i == 0))
-                else:
-                    axis.set_visible(False)
+        for line, tables in zip(axes[: len(norms)], norms.values(), strict=True):
+            for i, table in enumerate(tables):
+                legend.update(_panel(line[i], table, _lines(tables), names=i == 0))
+        for line, factors in zip(axes[len(norms) :], products.values(), strict=True):
+            for i, product in enumerate(factors):
+                product_plot.panel(line[i], product, product_plot.lines(factors), names=i == 0)
+        for line, width in zip(axes, widths, strict=True):
+            for axis in line[width:]:
+                axis.set_visible(False)
         heading = "Elements that differ from"
         place = {"loc": "outside upper left", "alignment": "left", "frameon": False}
         titles = [title for _, title in BARS.values() if title in legend]
-        figure.legend([legend[title] for title in titles], titles, title=heading, **place)
+        if titles:
+            figure.legend([legend[title] for title in titles], titles, title=heading, **place)
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
         pyplot.close(figure)
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from .measure import CPU_BITS, NEAREST, OPERATIONS, UNCLEAR, Batch, Mixed, Result, Table
 from .peers import EAGER, Points
+from .products import ProductTable
 from .run import Found, Report
 
 LEGEND = (
@@ -32,12 +33,22 @@ CUDA_LEGEND = (
 )
 
 
-def on_cuda(table: Table) -> bool:
+PRODUCT_LEGEND = (
+    "Products, of which all are asked for an fp32 result. batch: whether every row has the same bits alone and in"
+    " larger batches, or the first number of rows where not; 1 to 64 were tried one by one.",
+    "error: against float64, as norm(difference) / norm(result).",
+    "through: the 16-bit dtype that every fp32 result fits in, so that it was rounded to that on the way; - for none.",
+    "read as: what is left of fp32 operands, by the bits that change a result: fp32, TF32 (10 bits), bfloat16 (7).",
+)
+
+
+def on_cuda(table: Table | ProductTable) -> bool:
     return table.device != "cpu"
 
 
 def legend(report: Report) -> tuple[str, ...]:
-    return LEGEND + (CUDA_LEGEND if any(map(on_cuda, report.tables)) else ())
+    norms = LEGEND + (CUDA_LEGEND if any(map(on_cuda, report.tables)) else ()) if report.tables else ()
+    return norms + (PRODUCT_LEGEND if report.products else ())
 
 
 def _mixed(mixed: Mixed | None) -> str:
@@ -59,7 +70,7 @@ def _differ(result: Result, key: str) -> str:
     return f"{count} ({'nan' if ulp is None else ulp})"
 
 
-def _batch(batch: Batch | None) -> str:
+def batch_text(batch: Batch | None) -> str:
     if batch is None:
         return "-"
     if batch.row_0_changes_at is not None and batch.row_0_changes_at == batch.any_row_changes_at:
@@ -112,7 +123,7 @@ def cells(table: Table) -> list[list[str]]:
         time = "-" if result.relative_time is None else f"{result.relative_time:.2f}"
         counts = [_differ(result, key) for key in counted(table)]
         mixed = [_mixed(result.fp32_weight)] if _has_mixed(table) else []
-        lines.append([result.label, rounds(result, table), *counts, *mixed, _batch(result.batch), time])
+        lines.append([result.label, rounds(result, table), *counts, *mixed, batch_text(result.batch), time])
     return lines
 
 
@@ -120,6 +131,27 @@ def title(table: Table) -> str:
     device = f"{table.device.upper()}, " if on_cuda(table) else ""
     size = f"{table.rows} x {table.columns}: of {table.elements:,} elements, differ from"
     return f"{device}{table.dtype}, {table.data}, {size}"
+
+
+def product_headings(table: ProductTable) -> list[str]:
+    return ["product", "batch", "error", "through", *(["read as"] if table.dtype == "float32" else [])]
+
+
+def product_cells(table: ProductTable) -> list[list[str]]:
+    lines = []
+    for result in table.results:
+        if result.skipped:
+            lines.append([result.label, f"not run: {result.skipped}"])
+            continue
+        error = "nan" if result.relative_error is None else f"{result.relative_error:.1e}"
+        read = [result.read_as or "-"] if table.dtype == "float32" else []
+        lines.append([result.label, batch_text(result.batch), error, result.through or "-", *read])
+    return lines
+
+
+def product_title(table: ProductTable) -> str:
+    device = f"{table.device.upper()}, " if on_cuda(table) else ""
+    return f"{device}{table.dtype} product, N x K = {table.n} x {table.k}, fp32 result"
 
 
 def aligned(head: list[str], lines: list[list[str]], left: int = 2) -> str:
@@ -172,7 +204,7 @@ def notes(report: Report) -> list[str]:
         if each.absent and _cuda(each):
             reasons.setdefault(each.absent, []).append(each.peer.label)
     lines += [f"absent on CUDA: {'; '.join(labels)} ({reason})" for reason, labels in reasons.items()]
-    for device in dict.fromkeys(each.peer.device for each in report.found):
+    for device in dict.fromkeys(table.device for table in report.tables):
         if not any((each.peer.name, each.peer.device, each.absent) == (EAGER, device, None) for each in report.found):
             place = "" if device == "cpu" else f" on {device.upper()}"
             lines.append(f'"from HF eager" is empty{place}: HF eager (torch:hf) was not run')
@@ -228,6 +260,8 @@ def write_plain(report: Report, stream: TextIO) -> None:
     parts = [header(report)]
     for table in report.tables:
         parts.append(f"{title(table)}\n{aligned(headings(table), cells(table))}")
+    for product in report.products:
+        parts.append(f"{product_title(product)}\n{aligned(product_headings(product), product_cells(product), 1)}")
     for lines in (legend(report), notes(report)):
         parts.append("\n".join(textwrap.fill(line, 110, subsequent_indent="  ") for line in lines))
     stream.write("\n\n".join(part for part in parts if part) + "\n")
@@ -253,6 +287,19 @@ def write_rich(report: Report, stream: TextIO) -> None:
                     styled[2 + i].stylize("green" if share < 1e-3 else "yellow" if share < 1e-2 else "red")
             if result.batch is not None and result.batch.any_row_changes_at is not None:
                 styled[-2].stylize("red")
+            shown.add_row(*styled)
+        console.print(shown)
+    for product in report.products:
+        shown = RichTable(box=box.SIMPLE_HEAD, title=product_title(product), title_justify="left", pad_edge=False)
+        for i, heading in enumerate(product_headings(product)):
+            shown.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i == 0)
+        for found, line in zip(product.results, product_cells(product), strict=True):
+            styled = [Text(cell) for cell in line]
+            if found.batch is not None and found.batch.any_row_changes_at is not None:
+                styled[1].stylize("red")
+            for cell, good in zip(styled[3:], ("-", "fp32")):
+                if cell.plain != good:
+                    cell.stylize("red")
             shown.add_row(*styled)
         console.print(shown)
     for text in legend(report):

@@ -14,12 +14,21 @@ import numpy as np
 import fusednorm
 
 from .measure import OPERATIONS, Mixed, Table, audit_operation, with_fp32_weight
-from .operands import missing_dtype, sources
+from .operands import Shape, missing_dtype, random_factors, shape_text, sources
 from .peer_files import joined
 from .peers import Absent, Peer, registry
+from .products import (
+    PRODUCT,
+    QUICK_ROWS,
+    ROWS,
+    SHAPES,
+    ProductTable,
+    audit_product,
+    product_dtypes,
+)
 from .trial import Job, Trials, run_trials
 
-JSON_SCHEMA = 2
+JSON_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,8 @@ class Options:
     columns: int = 2048
     dtypes: tuple[str, ...] = ("float16", "bfloat16")
     data: tuple[str, ...] = ("random", "hidden")
-    operations: tuple[str, ...] = tuple(OPERATIONS)
+    operations: tuple[str, ...] = (*OPERATIONS, PRODUCT)
+    products: tuple[Shape, ...] = SHAPES
     peers: tuple[str, ...] = ()  # patterns of names; none: all
     files: tuple[Path, ...] = ()  # of --peer
     seed: int = 0
@@ -59,6 +69,7 @@ class Report:
     tables: list[Table]
     missing: list[str]  # what was asked for and can't be done here, in words
     threads: dict[str, int]  # package: threads of a call
+    products: list[ProductTable] = field(default_factory=list)
     devices: dict[str, str] = field(default_factory=dict)  # other than the CPU: name and software, in words
 
     def as_json(self) -> dict[str, Any]:
@@ -74,6 +85,7 @@ class Report:
             "peers": [found.as_json() for found in self.found],
             "missing": self.missing,
             "tables": [table.as_json() for table in self.tables],
+            "products": [table.as_json() for table in self.products],
         }
 
 
@@ -110,6 +122,8 @@ class Audit:
                 self.report.missing.append(reason)
             else:
                 self.dtypes.append(dtype)
+        self.norm_operations = [name for name in options.operations if name in OPERATIONS]
+        self.factors = [(shape, dtype) for shape in options.products for dtype in product_dtypes(self.dtypes)]
         self.done = 0
         present = self.present()
         self.total = len(present) + sum(peer.risky for peer in present) + self.steps(present)
@@ -117,14 +131,21 @@ class Audit:
     def present(self) -> list[Peer]:
         return [each.peer for each in self.report.found if each.absent is None]
 
+    def norms(self, peers: list[Peer]) -> list[Peer]:
+        return [peer for peer in peers if any(name in peer.operations for name in self.norm_operations)]
+
+    def products(self, peers: list[Peer]) -> list[Peer]:
+        return [peer for peer in peers if PRODUCT in peer.operations] if PRODUCT in self.options.operations else []
+
     def steps(self, peers: list[Peer]) -> int:
         """Of all that follows the loading."""
-        options, devices = self.options, {peer.device for peer in peers}
-        tables = len(options.data) * len(options.operations) * len(self.dtypes)
-        return tables * (len(peers) + 1 + len(devices)) + self.has_mixed(peers)
+        norms, products = self.norms(peers), self.products(peers)
+        tables = len(self.options.data) * len(self.norm_operations) * len(self.dtypes)
+        each = len(norms) + 1 + len({peer.device for peer in norms}) if norms else 0
+        return tables * each + self.has_mixed(norms) + len(self.factors) * len(products)
 
-    def has_mixed(self, peers: list[Peer]) -> bool:
-        return "bfloat16" in self.dtypes and any(peer.device != "cpu" for peer in peers)
+    def has_mixed(self, norms: list[Peer]) -> bool:
+        return "bfloat16" in self.dtypes and any(peer.device != "cpu" for peer in norms)
 
     def tick(self, text: str) -> None:
         self.progress(self.done, self.total, text)
@@ -133,11 +154,21 @@ class Audit:
     def run(self) -> Report:
         trials = self.try_risky()
         self.load()
-        peers, options = self.present(), self.options
+        peers = self.present()
         self.total = self.done + self.steps(peers)
+        norms, products = self.norms(peers), self.products(peers)
+        if norms:
+            self.audit_norms(norms, trials)
+        if products:
+            self.audit_products(products, trials)
+        self.progress(self.total, self.total, "done")
+        return self.report
+
+    def audit_norms(self, peers: list[Peer], trials: Trials) -> None:
+        options = self.options
         make = sources(options.rows, options.columns, options.seed)
         for data in options.data:
-            for operation in options.operations:
+            for operation in self.norm_operations:
                 for dtype in self.dtypes:
                     self.report.tables += audit_operation(
                         peers,
@@ -156,8 +187,15 @@ class Audit:
         if self.has_mixed(peers):
             self.tick("bfloat16 with an fp32 weight")
             self.try_fp32_weights(peers, trials)
-        self.progress(self.total, self.total, "done")
-        return self.report
+
+    def audit_products(self, peers: list[Peer], trials: Trials) -> None:
+        options = self.options
+        for shape, dtype in self.factors:
+            refused = {
+                (peer.device, peer.name): trials.refused(peer, PRODUCT, shape_text(shape), dtype) for peer in peers
+            }
+            factors = random_factors(dtype, QUICK_ROWS if options.quick else ROWS, shape, options.seed)
+            self.report.products += audit_product(peers, factors, options.quick, self.tick, refused, self.lost)
 
     def try_risky(self) -> Trials:
         options = self.options
@@ -167,7 +205,7 @@ class Audit:
         names = [(peer.name, peer.device) for peer in risky]
         files = [str(path.resolve()) for path in options.files]
         job = Job(names, files, options.data, options.operations, tuple(self.dtypes), options.rows, options.columns,
-                  options.seed)  # fmt: skip
+                  options.seed, products=options.products, quick=options.quick)  # fmt: skip
         trials = run_trials(job, risky, self.tick)
         for each in self.report.found:
             each.absent = each.absent or trials.absent(each.peer)

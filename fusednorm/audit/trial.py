@@ -26,8 +26,9 @@ from typing import Any, BinaryIO, TextIO
 
 from . import peer_files
 from .measure import OPERATIONS, Mixed, Operation, result_of, with_fp32_weight
-from .operands import Operands, sources
+from .operands import Operands, Shape, random_factors, shape_text, sources
 from .peers import DEVICES, Absent, Peer, first_line, registry
+from .products import PRODUCT, QUICK_ROWS, ROWS, call_product, product_dtypes
 
 UNIT_SECONDS = 300  # a package may compile its kernels at the first call
 DEATHS = 3  # a peer that ends its process so often is not tried further
@@ -36,7 +37,7 @@ LOAD, FP32_WEIGHT = "load", "fp32 weight"  # units that are no calls on an audit
 
 @dataclass(frozen=True)
 class Unit:
-    """`case` is LOAD, FP32_WEIGHT or what `--data` can name."""
+    """`case` is LOAD, FP32_WEIGHT, what `--data` can name, or the shape of a product's weight."""
 
     name: str
     device: str
@@ -62,6 +63,8 @@ class Job:
     columns: int
     seed: int
     skip: list[int] = field(default_factory=list)
+    products: tuple[Shape, ...] = ()
+    quick: bool = False
 
 
 @dataclass
@@ -85,13 +88,16 @@ def units(job: Job, peers: list[Peer]) -> list[Unit]:
     """In the same order in parent and child: a unit is its index."""
     made = []
     for peer in peers:
-        operations = [operation for operation in job.operations if operation in peer.operations]
+        operations = [name for name in job.operations if name in peer.operations and name in OPERATIONS]
         made.append(Unit(peer.name, peer.device, LOAD))
         for data in job.data:
             for operation in operations:
                 made += [Unit(peer.name, peer.device, data, operation, dtype) for dtype in job.dtypes]
         if "bfloat16" in job.dtypes:
             made += [Unit(peer.name, peer.device, FP32_WEIGHT, operation, "bfloat16") for operation in operations]
+        if PRODUCT in job.operations and PRODUCT in peer.operations:
+            for shape in map(shape_text, job.products):
+                made += [Unit(peer.name, peer.device, shape, PRODUCT, dtype) for dtype in product_dtypes(job.dtypes)]
     return made
 
 
@@ -114,6 +120,7 @@ def run_units(job: Job, told: TextIO) -> int:
     every = units(job, [by_name[name, device] for name, device in job.peers])
     wanted = {unit.peer for i, unit in enumerate(every) if i not in job.skip}  # also to be loaded again
     make = sources(job.rows, job.columns, job.seed)
+    shapes = {shape_text((n, k)): (n, k) for n, k in job.products}
     loaded: set[tuple[str, str]] = set()
 
     def say(**line: Any) -> None:
@@ -131,6 +138,10 @@ def run_units(job: Job, told: TextIO) -> int:
                 loaded.add(unit.peer)
             elif unit.case == FP32_WEIGHT:
                 mixed = with_fp32_weight(peer, OPERATIONS[unit.operation], job.columns, job.seed)
+            elif unit.operation == PRODUCT:
+                factors = random_factors(unit.dtype, QUICK_ROWS if job.quick else ROWS, shapes[unit.case], job.seed)
+                if peer.refuses(factors) is None:
+                    call_product(peer, factors, job.quick)
             else:
                 operands = make[unit.case](unit.dtype)
                 if peer.refuses(operands) is None:

@@ -110,6 +110,10 @@ static void out_on_cuda(call *c) { c->tensor[OUT].device_type = FN_CUDA; }
 static void all_on_cuda(call *c) {
     for (int role = 0; role < ROLES; role++) c->tensor[role].device_type = FN_CUDA;
 }
+static void all_on_no_device(call *c) {
+    for (int role = 0; role < ROLES; role++) c->tensor[role].device_type = (fn_device_type)7;
+}
+static void weight_on_no_device(call *c) { c->tensor[WEIGHT].device_type = (fn_device_type)0; }
 static void x_without_memory(call *c) { c->tensor[X].data = NULL; }
 static void too_many_elements(call *c) {
     for (int role = 0; role < ROLES; role++)
@@ -158,6 +162,8 @@ static const struct {
     {residual_out_on_out, FN_ERROR_VALUE, "out"},
     {out_on_cuda, FN_ERROR_VALUE, "out"},
     {all_on_cuda, FN_ERROR_RUNTIME, "CUDA"},
+    {all_on_no_device, FN_ERROR_VALUE, "x has device type number 7"},
+    {weight_on_no_device, FN_ERROR_VALUE, "weight has device type number 0"},
     {x_without_memory, FN_ERROR_TYPE, "x"},
     {too_many_elements, FN_ERROR_VALUE, "x"},
 };

@@ -5,15 +5,10 @@
  * is the whole memory of every array: outputs bit for bit (a NaN with any NaN), everything else unchanged.
  */
 #define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
-#include <fenv.h>
-
 #include "cpu/cpu.h"
+#include "fp_modes.h"
 #include "norm_check.h"
 #include "norm_reference.h"
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 static fn_path paths[FN_PATH_COUNT];
 static int path_count;
@@ -247,32 +242,6 @@ static void large_calls(bool sample, uint64_t *random) {
         }
     }
     report("large calls, 1 to 4 threads", start);
-}
-
-/* The control word: rounding mode, flush-to-zero, and which exceptions trap. */
-static uint64_t control_word(void) {
-#if defined(__x86_64__)
-    return _mm_getcsr() & ~0x3fu; /* without the flags of exceptions that have happened */
-#elif defined(__aarch64__)
-    uint64_t word;
-    __asm__ volatile("mrs %0, fpcr" : "=r"(word));
-    return word;
-#else
-    return (uint64_t)fegetround();
-#endif
-}
-
-static void set_environment(int rounding_mode, bool flush_to_zero) {
-    fesetround(rounding_mode);
-#if defined(__x86_64__)
-    _mm_setcsr(flush_to_zero ? _mm_getcsr() | 0x8040u : _mm_getcsr() & ~0x8040u);
-#elif defined(__aarch64__)
-    const uint64_t bit = UINT64_C(1) << 24;
-    const uint64_t word = flush_to_zero ? control_word() | bit : control_word() & ~bit;
-    __asm__ volatile("msr fpcr, %0" : : "r"(word) : "memory");
-#else
-    (void)flush_to_zero;
-#endif
 }
 
 /* The caller, and the threads that an OpenMP runtime keeps for it and gives to every library that asks. */

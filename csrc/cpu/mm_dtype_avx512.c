@@ -1,0 +1,104 @@
+/* mm_dtype_avx512.c: the product's vocabulary in AVX-512 (F, BW, DQ, VL): the 16 lanes of a sum are one vector. */
+#include "mm_dtype.h"
+
+#if defined(FN_X86)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+
+#define LANES 16
+#define TILE_ROWS 4
+#define TILE_COLUMNS 4
+#define PATH fn_mm_avx512
+#define PATH_NAME "avx512"
+typedef __m512 vector;
+
+static inline vector zero(void) { return _mm512_setzero_ps(); }
+static inline vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vector load_f32(const void *p) { return _mm512_loadu_ps(p); }
+static inline vector load_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p)); }
+static inline vector load_bf16(const void *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p)), 16));
+}
+
+#define HAS_MASKED_LOADS
+static inline __mmask16 first(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1); }
+static inline vector load_part_f32(const void *p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+static inline vector load_part_f16(const void *p, int64_t count) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+}
+static inline vector load_part_bf16(const void *p, int64_t count) {
+    const __m512i elements = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(elements, 16));
+}
+static inline void store(float *p, vector v) { _mm512_storeu_ps(p, v); }
+
+static inline float fold_lanes(const vector sum[1]) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(sum[0]), _mm512_extractf32x8_ps(sum[0], 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+/* Quads are the 128-bit parts of a vector. */
+static inline void fold_tile(const vector acc[4][4][1], float folded[4][4]) {
+    vector four[4], two[2];
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+        vector eight[2];
+        /* a[l] + a[l + 8]: quads 0, 1 of eight[h] are of sum (i, 2h), quads 2, 3 of sum (i, 2h + 1) */
+        _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++) {
+            const vector a = acc[i][2 * h][0], b = acc[i][2 * h + 1][0];
+            eight[h] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(1, 0, 1, 0)),
+                                     _mm512_shuffle_f32x4(a, b, _MM_SHUFFLE(3, 2, 3, 2)));
+        }
+        /* a[l] + a[l + 4]: quad j of four[i] is of sum (i, j) */
+        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[0], eight[1], _MM_SHUFFLE(2, 0, 2, 0)),
+                                _mm512_shuffle_f32x4(eight[0], eight[1], _MM_SHUFFLE(3, 1, 3, 1)));
+    }
+    /* a[l] + a[l + 2]: quad j of two[h] has two lanes of sum (2h, j) and two of sum (2h + 1, j) */
+    _Pragma("GCC unroll 2") for (int h = 0; h < 2; h++) {
+        const vector a = four[2 * h], b = four[2 * h + 1];
+        two[h] = _mm512_add_ps(_mm512_shuffle_ps(a, b, _MM_SHUFFLE(1, 0, 1, 0)),
+                               _mm512_shuffle_ps(a, b, _MM_SHUFFLE(3, 2, 3, 2)));
+    }
+    /* a[l] + a[l + 1]: quad j has sums (0, j), (1, j), (2, j), (3, j) */
+    const vector one = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(2, 0, 2, 0)),
+                                     _mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(3, 1, 3, 1)));
+    const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_ps(folded[0], _mm512_permutexvar_ps(in_order, one));
+}
+
+static inline void transpose16(const vector block[16][1], float *to, int64_t to_stride) {
+    vector quad[4][4]; /* [g][r]: quad q has element 4 * q + r of rows 4 * g to 4 * g + 3 */
+    _Pragma("GCC unroll 4") for (int g = 0; g < 4; g++) {
+        const vector a = block[4 * g][0], b = block[4 * g + 1][0], c = block[4 * g + 2][0], d = block[4 * g + 3][0];
+        const vector ab_low = _mm512_unpacklo_ps(a, b), ab_high = _mm512_unpackhi_ps(a, b);
+        const vector cd_low = _mm512_unpacklo_ps(c, d), cd_high = _mm512_unpackhi_ps(c, d);
+        quad[g][0] = _mm512_shuffle_ps(ab_low, cd_low, _MM_SHUFFLE(1, 0, 1, 0));
+        quad[g][1] = _mm512_shuffle_ps(ab_low, cd_low, _MM_SHUFFLE(3, 2, 3, 2));
+        quad[g][2] = _mm512_shuffle_ps(ab_high, cd_high, _MM_SHUFFLE(1, 0, 1, 0));
+        quad[g][3] = _mm512_shuffle_ps(ab_high, cd_high, _MM_SHUFFLE(3, 2, 3, 2));
+    }
+    _Pragma("GCC unroll 4") for (int r = 0; r < 4; r++) {
+        const vector low01 = _mm512_shuffle_f32x4(quad[0][r], quad[1][r], _MM_SHUFFLE(1, 0, 1, 0));
+        const vector low23 = _mm512_shuffle_f32x4(quad[2][r], quad[3][r], _MM_SHUFFLE(1, 0, 1, 0));
+        const vector high01 = _mm512_shuffle_f32x4(quad[0][r], quad[1][r], _MM_SHUFFLE(3, 2, 3, 2));
+        const vector high23 = _mm512_shuffle_f32x4(quad[2][r], quad[3][r], _MM_SHUFFLE(3, 2, 3, 2));
+        store(to + r * to_stride, _mm512_shuffle_f32x4(low01, low23, _MM_SHUFFLE(2, 0, 2, 0)));
+        store(to + (4 + r) * to_stride, _mm512_shuffle_f32x4(low01, low23, _MM_SHUFFLE(3, 1, 3, 1)));
+        store(to + (8 + r) * to_stride, _mm512_shuffle_f32x4(high01, high23, _MM_SHUFFLE(2, 0, 2, 0)));
+        store(to + (12 + r) * to_stride, _mm512_shuffle_f32x4(high01, high23, _MM_SHUFFLE(3, 1, 3, 1)));
+    }
+}
+
+#include "mm_dtype_lanes.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

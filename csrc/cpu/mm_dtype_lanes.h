@@ -1,0 +1,157 @@
+/* mm_dtype_lanes.h: the product written once for every instruction set with vectors of LANES floats.
+ *
+ * A file such as mm_dtype_avx2.c defines the vocabulary below and includes this file last; the bits are those of
+ * mm_dtype_scalar.c because each of the 16 lanes sees the same fused multiply-adds in the same order.
+ *
+ *   LANES, vector                    floats in a vector, 4, 8 or 16, and its type
+ *   TILE_ROWS, TILE_COLUMNS          of the largest tile, at most FN_MM_MOST_ROWS rows; its 16-lane sums fill the registers
+ *   zero, multiply_add               +0 in all lanes; a * b + c, rounded once
+ *   load_f32, load_f16, load_bf16    LANES elements from any address, widened
+ *   load_part_f32, ...               load_part below, if HAS_MASKED_LOADS is defined
+ *   store                            LANES floats
+ *   fold_lanes                       the 16 lanes of one sum, folded by halves
+ *   fold_tile                        the same for TILE_ROWS * TILE_COLUMNS sums
+ *   transpose16                      a 16 x 16 matrix of floats, to rows any number of floats apart
+ *   PATH, PATH_NAME                  the table to define and its name
+ */
+#include "mm_dtype.h"
+
+enum { PARTS = FN_MM_LANES / LANES };
+_Static_assert(TILE_ROWS <= FN_MM_MOST_ROWS, "the table of tiles has room");
+
+#define INLINE static inline __attribute__((always_inline))
+/* The numbers are known to the compiler: sums live in registers. */
+#define FOR_ROWS _Pragma("GCC unroll 4") for (int i = 0; i < rows; i++)
+#define FOR_COLUMNS _Pragma("GCC unroll 4") for (int j = 0; j < columns; j++)
+#define FOR_PARTS _Pragma("GCC unroll 4") for (int p = 0; p < PARTS; p++)
+
+/* The value is in a register from here on. */
+#if LANES == 4
+#define KEEP(vector) __asm__("" : "+w"(vector))
+#else
+#define KEEP(vector) __asm__("" : "+v"(vector))
+#endif
+
+INLINE int size_of(fn_dtype dtype) { return dtype == FN_FLOAT32 ? 4 : 2; }
+
+INLINE vector load(const char *p, fn_dtype dtype) {
+    switch (dtype) {
+    case FN_FLOAT16: return load_f16(p);
+    case FN_BFLOAT16: return load_bf16(p);
+    case FN_FLOAT32:
+    case FN_DTYPE_COUNT: break;
+    }
+    return load_f32(p);
+}
+
+/* The first `count` elements of LANES, then zeros; count may be below 0 or above LANES. */
+INLINE vector load_part(const char *p, int64_t count, fn_dtype dtype) {
+#if defined(HAS_MASKED_LOADS)
+    switch (dtype) {
+    case FN_FLOAT16: return load_part_f16(p, count);
+    case FN_BFLOAT16: return load_part_bf16(p, count);
+    case FN_FLOAT32:
+    case FN_DTYPE_COUNT: break;
+    }
+    return load_part_f32(p, count);
+#else
+    char copy[LANES * 4] = {0};
+    if (count >= LANES) return load(p, dtype);
+    if (count > 0) memcpy(copy, p, (size_t)(count * size_of(dtype)));
+    return load(copy, dtype);
+#endif
+}
+
+/* acc += a * b over the first `count` of 16 places k, and zeros in the others, for every output of the tile. `whole` is
+ * known to the compiler: count is 16. */
+INLINE void step(bool whole, int64_t count, vector (*acc)[TILE_COLUMNS][PARTS], int rows, int columns, const char *a,
+                 int64_t a_stride, const char *b, int64_t b_stride, fn_dtype b_dtype) {
+    FOR_PARTS {
+        vector y[TILE_COLUMNS];
+        FOR_COLUMNS {
+            const char *from = b + j * b_stride + p * LANES * size_of(b_dtype);
+            y[j] = whole ? load(from, b_dtype) : load_part(from, count - p * LANES, b_dtype);
+        }
+        FOR_ROWS {
+            const char *from = a + i * a_stride + p * LANES * 4;
+            vector x = whole ? load_f32(from) : load_part(from, count - p * LANES, FN_FLOAT32);
+            KEEP(x); /* gcc would load it again for each column: loads are what limits a small tile */
+            FOR_COLUMNS acc[i][j][p] = multiply_add(x, y[j], acc[i][j][p]);
+        }
+    }
+}
+
+INLINE void tile(int rows, int columns, fn_dtype b_dtype, const char *a, int64_t a_stride, const char *b,
+                 int64_t b_stride, int64_t count, float *sums, int64_t sums_stride, bool first) {
+    const int size = size_of(b_dtype);
+    vector acc[TILE_ROWS][TILE_COLUMNS][PARTS];
+    FOR_ROWS FOR_COLUMNS FOR_PARTS acc[i][j][p] = zero();
+    int64_t k = 0;
+    for (; k + FN_MM_LANES <= count; k += FN_MM_LANES)
+        step(true, FN_MM_LANES, acc, rows, columns, a + k * 4, a_stride, b + k * size, b_stride, b_dtype);
+    if (k < count) step(false, count - k, acc, rows, columns, a + k * 4, a_stride, b + k * size, b_stride, b_dtype);
+    float folded[TILE_ROWS][TILE_COLUMNS];
+    if (rows == TILE_ROWS && columns == TILE_COLUMNS) fold_tile(acc, folded);
+    else FOR_ROWS FOR_COLUMNS folded[i][j] = fold_lanes(acc[i][j]);
+    FOR_ROWS FOR_COLUMNS {
+        float *sum = sums + i * sums_stride + j;
+        *sum = first ? folded[i][j] : *sum + folded[i][j];
+    }
+}
+
+#define DEFINE_TILE(name, rows, columns, dtype)                                                                        \
+    static void name(const char *a, int64_t a_stride, const char *b, int64_t b_stride, int64_t count, float *sums,     \
+                     int64_t sums_stride, bool first) {                                                                \
+        tile(rows, columns, dtype, a, a_stride, b, b_stride, count, sums, sums_stride, first);                         \
+    }
+#define DEFINE_TILES(name, rows)                                                                                       \
+    DEFINE_TILE(name##_f32_wide, rows, TILE_COLUMNS, FN_FLOAT32)                                                       \
+    DEFINE_TILE(name##_f16_wide, rows, TILE_COLUMNS, FN_FLOAT16)                                                       \
+    DEFINE_TILE(name##_bf16_wide, rows, TILE_COLUMNS, FN_BFLOAT16)                                                     \
+    DEFINE_TILE(name##_f32, rows, 1, FN_FLOAT32)                                                                       \
+    DEFINE_TILE(name##_f16, rows, 1, FN_FLOAT16)                                                                       \
+    DEFINE_TILE(name##_bf16, rows, 1, FN_BFLOAT16)
+DEFINE_TILES(one_row, 1)
+DEFINE_TILES(two_rows, 2)
+#if TILE_ROWS >= 3
+DEFINE_TILES(three_rows, 3)
+#endif
+#if TILE_ROWS >= 4
+DEFINE_TILES(four_rows, 4)
+#endif
+
+static void widen(const char *from, fn_dtype dtype, int64_t count, float *to) {
+    const int size = size_of(dtype);
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) store(to + k, load(from + k * size, dtype));
+    if (k == count) return;
+    float rest[LANES];
+    store(rest, load_part(from + k * size, count - k, dtype));
+    memcpy(to + k, rest, (size_t)(count - k) * sizeof *to);
+}
+
+static void widen16(const char *from, int64_t stride, fn_dtype dtype, float *to, int64_t to_stride) {
+    vector block[16][PARTS];
+    _Pragma("GCC unroll 16") for (int k = 0; k < 16; k++) FOR_PARTS block[k][p] =
+        load(from + k * stride + p * LANES * size_of(dtype), dtype);
+    transpose16(block, to, to_stride);
+}
+
+#define TABLE_ROW(name, type) {name##_##type, name##_##type##_wide}
+#if TILE_ROWS >= 4
+#define TABLE(type)                                                                                                    \
+    {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type), TABLE_ROW(four_rows, type)}
+#elif TILE_ROWS == 3
+#define TABLE(type) {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type)}
+#else
+#define TABLE(type) {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type)}
+#endif
+
+const fn_mm_kernels PATH = {
+    .name = PATH_NAME,
+    .tile_rows = TILE_ROWS,
+    .tile_columns = TILE_COLUMNS,
+    .tile = {[FN_FLOAT32] = TABLE(f32), [FN_FLOAT16] = TABLE(f16), [FN_BFLOAT16] = TABLE(bf16)},
+    .widen = widen,
+    .widen16 = widen16,
+};

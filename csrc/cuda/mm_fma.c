@@ -1,0 +1,121 @@
+/* mm_fma.c: a product's plan becomes one launch of a kernel of mm_fma.cu (or a few): which, on how many blocks. None
+ * of it moves a bit. */
+#include "mm_fma.h"
+#include "cuda.h"
+
+#include <stdlib.h>
+
+enum { MOST_TILES = 1 << 15, PANEL = 16 }; /* tiles of a launch, along each side */
+
+static int64_t parts(int64_t size, int64_t part) { return size / part + (size % part != 0); }
+
+static bool is_multiple(uint64_t address_or_stride, int size) { return address_or_stride % (uint64_t)size == 0; }
+
+/* Rows along `dimension` of the matrix. */
+static fn_mm_fma_side side_of(const fn_matrix *matrix, int dimension, int64_t rows, int64_t k) {
+    const int bytes = fn_dtypes[matrix->dtype].bytes;
+    fn_mm_fma_side side = {.data = matrix->data,
+                           .row_stride = matrix->stride[dimension],
+                           .k_stride = matrix->stride[1 - dimension],
+                           .rows = rows,
+                           .dtype = matrix->dtype,
+                           .access = FN_MM_ANY};
+    const bool k_first = side.k_stride == bytes && (k > 1 || side.row_stride != bytes);
+    side.along_rows = !k_first && (side.row_stride == bytes || llabs(side.row_stride) < llabs(side.k_stride));
+    const bool side_by_side = (side.along_rows ? side.row_stride : side.k_stride) == bytes;
+    const uint64_t row_step = rows > 1 ? (uint64_t)side.row_stride : 0, k_step = k > 1 ? (uint64_t)side.k_stride : 0;
+    const uint64_t between = (uint64_t)(uintptr_t)side.data | (side.along_rows ? k_step : row_step);
+    const int64_t length = side.along_rows ? rows : k;
+    if (side_by_side && !side.along_rows && side.dtype == FN_FLOAT32 && is_multiple(between, 16))
+        side.access = FN_MM_COPIED;
+    else if (side_by_side && length % 4 == 0 && is_multiple(between, 4 * bytes)) side.access = FN_MM_HELD;
+    else if (side.dtype == FN_FLOAT32 && is_multiple((uint64_t)(uintptr_t)side.data | row_step | k_step, 4))
+        side.access = FN_MM_COPIED_SINGLY;
+    return side;
+}
+
+static bool has_whole_groups(const fn_mm_fma_args *args) {
+    return args->out_stride[1] == fn_dtypes[args->out_dtype].bytes &&
+           is_multiple((uint64_t)(uintptr_t)args->out | (uint64_t)(args->rows.rows > 1 ? args->out_stride[0] : 0), 16);
+}
+
+/* Rounds of blocks that the device makes, times the chunks of each. */
+static int64_t chunks_in_time(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks, int cluster_bits,
+                              const fn_cuda_properties *device) {
+    const int64_t at_once = (int64_t)device->multiprocessors * kernel->resident;
+    return parts(tiles << cluster_bits, at_once) * parts(chunks, (int64_t)1 << cluster_bits);
+}
+
+static int choose_cluster_bits(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks,
+                               const fn_cuda_properties *device) {
+    int best = 0;
+    for (int bits = 1; device->clusters && 1 << bits <= FN_MM_FMA_MOST_BLOCKS; bits++)
+        if (chunks_in_time(kernel, tiles, chunks, bits, device) < chunks_in_time(kernel, tiles, chunks, best, device))
+            best = bits;
+    return best;
+}
+
+static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
+    side->chunk_skip = (((int64_t)1 << cluster_bits) - 1) * FN_MM_CHUNK;
+    side->chunk_step = side->chunk_skip * side->k_stride;
+    side->tile_step = tile_k * side->k_stride;
+}
+
+static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_cuda_properties *device,
+                           fn_mm_fma_args *args) {
+    args->row_tiles = (uint32_t)parts(args->rows.rows, kernel->rows);
+    args->column_tiles = (uint32_t)parts(args->columns.rows, kernel->columns);
+    args->panel = args->row_tiles < PANEL ? args->row_tiles : PANEL;
+    const int64_t tiles = (int64_t)args->row_tiles * args->column_tiles;
+    args->cluster_bits = choose_cluster_bits(kernel, tiles, parts(plan->k, FN_MM_CHUNK), device);
+    set_steps(&args->rows, kernel->k, args->cluster_bits);
+    set_steps(&args->columns, kernel->k, args->cluster_bits);
+    const fn_cuda_launch launch = {.kernel = kernel->function,
+                                   .args = args,
+                                   .blocks = (unsigned)(tiles << args->cluster_bits),
+                                   .outer_blocks = 1,
+                                   .threads = (unsigned)kernel->threads,
+                                   .cluster = 1 << args->cluster_bits,
+                                   .device = plan->device_id,
+                                   .stream = plan->stream};
+    return fn_cuda_run("CUDA mm kernel", &launch);
+}
+
+fn_status fn_mm_run_fma(const fn_mm_plan *plan) {
+    const int64_t few = fn_mm_fma_kernels[FN_MM_FMA_KERNELS - 2].rows;
+    /* Rows of the tiles are a's rows or b's columns: the fewer of them, or those further apart in out. */
+    const bool swapped =
+        plan->m <= few || plan->n <= few ? plan->n < plan->m : llabs(plan->out.stride[0]) < llabs(plan->out.stride[1]);
+    const fn_mm_fma_side a = side_of(&plan->a, 0, plan->m, plan->k), b = side_of(&plan->b, 1, plan->n, plan->k);
+    const fn_mm_fma_side rows = swapped ? b : a, columns = swapped ? a : b;
+    fn_mm_fma_args args = {.k = plan->k,
+                           .out_stride = {plan->out.stride[swapped], plan->out.stride[!swapped]},
+                           .out_dtype = plan->out.dtype,
+                           .bias_dtype = plan->bias.dtype};
+    args.bias_stride[!swapped] = plan->bias.stride[1];
+    const fn_mm_fma_kernel *kernel = fn_mm_fma_kernels;
+    while (kernel->rows < rows.rows && kernel < fn_mm_fma_kernels + FN_MM_FMA_KERNELS - 1) kernel++;
+    fn_cuda_properties device;
+    FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
+    const int64_t most_rows = (int64_t)MOST_TILES * kernel->rows, most_columns = (int64_t)MOST_TILES * kernel->columns;
+    for (int64_t row = 0; row < rows.rows; row += most_rows)
+        for (int64_t column = 0; column < columns.rows; column += most_columns) {
+            args.rows = rows;
+            args.columns = columns;
+            args.rows.rows = rows.rows - row < most_rows ? rows.rows - row : most_rows;
+            args.columns.rows = columns.rows - column < most_columns ? columns.rows - column : most_columns;
+            if (row) args.rows.data += row * rows.row_stride;
+            if (column) args.columns.data += column * columns.row_stride;
+            args.out = plan->out.data + row * args.out_stride[0] + column * args.out_stride[1];
+            args.bias = plan->bias.data;
+            if (args.bias) args.bias += row * args.bias_stride[0] + column * args.bias_stride[1];
+            args.whole_groups = has_whole_groups(&args);
+            FN_TRY(run_tiles(plan, kernel, &device, &args));
+        }
+    return FN_OK;
+}
+
+fn_status fn_mm_fma_warmup(void) {
+    for (int i = 0; i < FN_MM_FMA_KERNELS; i++) FN_TRY(fn_cuda_load(fn_mm_fma_kernels[i].function));
+    return FN_OK;
+}

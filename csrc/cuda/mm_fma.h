@@ -1,0 +1,66 @@
+/* mm_fma.h: what crosses between the host half of the product on CUDA (C) and its kernels (CUDA). */
+#ifndef FUSEDNORM_MM_FMA_H
+#define FUSEDNORM_MM_FMA_H
+
+#include "../mm_plan.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---- mm_fma: any dtypes, on the units for fp32, with the bits of the CPU ----------------------------------------- */
+
+/* How a kernel brings an operand to shared memory. */
+typedef enum {
+    FN_MM_COPIED,        /* fp32, side by side along k at 16-byte alignment: copied asynchronously */
+    FN_MM_COPIED_SINGLY, /* fp32 at its own alignment: the same, one by one */
+    FN_MM_HELD,          /* 4 neighbours in one access, along k or in 4 rows, through registers; no vector is cut off */
+    FN_MM_ANY            /* each element by itself, at any address */
+} fn_mm_access;
+
+/* An operand: a, or b transposed. */
+typedef struct {
+    const char *data;
+    int64_t row_stride, k_stride; /* in bytes */
+    int64_t tile_step; /* the same, from a tile to the next; and what comes on top where a block's chunk ends */
+    int64_t chunk_step, chunk_skip; /* in bytes, and in elements */
+    int64_t rows;
+    fn_dtype dtype;
+    fn_mm_access access;
+    bool along_rows; /* neighbours in memory are those of a column, not those along k */
+} fn_mm_fma_side;
+
+typedef struct {
+    fn_mm_fma_side rows, columns; /* of out's tiles */
+    int64_t k;
+    char *out;
+    const char *bias;                      /* NULL: none */
+    int64_t out_stride[2], bias_stride[2]; /* in bytes, by row and by column of a tile */
+    fn_dtype out_dtype, bias_dtype;
+    bool whole_groups; /* 8 columns of out can be written together */
+    uint32_t row_tiles, column_tiles;
+    uint32_t panel;       /* row tiles that go through all columns together */
+    int32_t cluster_bits; /* 2 to that power blocks have a tile together: each takes its share of the chunks */
+} fn_mm_fma_args;
+
+typedef struct {
+    const void *function;
+    int rows, columns, k; /* of a tile */
+    int threads;
+    int resident; /* blocks that a multiprocessor holds */
+} fn_mm_fma_kernel;
+
+enum { FN_MM_FMA_KERNELS = 3, FN_MM_FMA_MOST_BLOCKS = 8, FN_MM_LANES = 16, FN_MM_CHUNK = 1024 };
+
+/* By the rows of a tile, ascending. */
+extern const fn_mm_fma_kernel fn_mm_fma_kernels[FN_MM_FMA_KERNELS];
+
+/* m, n > 0. */
+fn_status fn_mm_run_fma(const fn_mm_plan *plan);
+fn_status fn_mm_fma_warmup(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
