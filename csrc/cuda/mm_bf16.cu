@@ -19,5 +19,6 @@ const fn_mm_tensor_kernels fn_mm_bf16 = {
         FN_MM_TILE(FN_BFLOAT16, 16, 8, 1, 1, 4, true, false),
         FN_MM_TILE(FN_BFLOAT16, 64, 64, 2, 2, 3, true, false),
     },
-    {FN_MM_GATE(FN_BFLOAT16, 8), FN_MM_GATE(FN_BFLOAT16, 16), FN_MM_GATE(FN_BFLOAT16, 32)},
+    {FN_MM_GATE(FN_BFLOAT16, 16, 8), FN_MM_GATE(FN_BFLOAT16, 16, 16), FN_MM_GATE(FN_BFLOAT16, 16, 32),
+     FN_MM_GATE(FN_BFLOAT16, 32, 32)},
 };

@@ -9,7 +9,7 @@
 #include <stdatomic.h>
 
 enum {
-    GATE_TOKENS = 64,     /* rows of a, up to which a warp takes a chunk */
+    GATE_TOKENS = 128,    /* rows of a, up to which a warp takes a chunk */
     MOST_CHUNKS_EACH = 4, /* of a block of a gate kernel */
     MOST_OUTER_BLOCKS = 65535,
     MOST_DEVICES = 64,
@@ -87,8 +87,11 @@ static void tile_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *pla
     if (cluster > FN_MM_TENSOR_MOST_BLOCKS) cluster = FN_MM_TENSOR_MOST_BLOCKS;
     if (cluster > chunks) cluster = chunks;
     if (cluster < 2) return;
-    const int64_t each = divided(chunks, cluster), bytes = kernel->shared_bytes + each * kernel->sums_bytes;
-    if (bytes > device->shared_bytes || divided(chunks, each) < 2) return;
+    const int64_t room = (device->shared_bytes - kernel->shared_bytes) / kernel->sums_bytes;
+    int64_t each = divided(chunks, cluster);
+    if (each > room) each = room;
+    if (each < 1 || divided(chunks, each) < 2 || divided(chunks, each) > FN_MM_TENSOR_MOST_BLOCKS) return;
+    const int64_t bytes = kernel->shared_bytes + each * kernel->sums_bytes;
     *found = (layout){kernel, (int)divided(chunks, each), (int)each, kernel->threads, (int)bytes};
 }
 

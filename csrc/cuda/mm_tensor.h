@@ -11,9 +11,8 @@ extern "C" {
 enum {
     FN_MM_STEP = 16,              /* k that a tensor core adds at once */
     FN_MM_TILE_K = 64,            /* k of a tile in shared memory: rows of 128 bytes */
-    FN_MM_GATE_CHUNK = 512,       /* k of a chunk where N is at most FN_MM_GATE_COLUMNS; else K is one chunk */
+    FN_MM_GATE_CHUNK = 256,       /* k of a chunk where N is at most FN_MM_GATE_COLUMNS; else K is one chunk */
     FN_MM_GATE_COLUMNS = 512,     /* docs/numerics.md says what chose them. They decide bits: they never change */
-    FN_MM_GATE_WEIGHTS = 16,      /* weights of a block of a gate kernel */
     FN_MM_TENSOR_MOST_BLOCKS = 8, /* of a cluster */
 };
 
@@ -51,7 +50,7 @@ typedef struct {
     bool whole;       /* for operands that are; else for any */
 } fn_mm_tensor_kernel;
 
-enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 3 };
+enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 4 };
 
 typedef struct {
     fn_mm_tensor_kernel tile[FN_MM_TILE_KERNELS];
