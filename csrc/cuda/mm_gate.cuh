@@ -1,8 +1,8 @@
 /* mm_gate.cuh: products with few weights and few tokens, a warp for each chunk of k.
  *
  * All of a chunk is asked for at once: what limits such a product is how long the first bytes take, not how many they are.
- * Each warp of a cluster leaves its chunk's sums in shared memory; when all are there, each warp adds up a part of them in
- * the order of the chunks. Moves: the weights once for each TOKENS tokens, the tokens once for each WEIGHTS weights, out once.
+ * Each warp of a cluster sends its chunk's sums to the blocks that own their tokens; when all are there, the owners add them
+ * up in the order of the chunks. Moves: the weights once for each TOKENS tokens, the tokens once for each WEIGHTS weights, out once.
  */
 #ifndef FUSEDNORM_MM_GATE_CUH
 #define FUSEDNORM_MM_GATE_CUH
@@ -22,6 +22,23 @@ FN_DEVICE void add_tiles(float sums[WEIGHTS / 16][TOKENS / 8][4], uint32_t weigh
     }
 }
 
+/* Sums of a chunk go to the blocks that will add them up: token t to block t % owners, owners a power of two. */
+template <int WEIGHTS, int TOKENS>
+FN_DEVICE void send_sums(uint32_t kept, int owner_bits, int tokens, const float sums[WEIGHTS / 16][TOKENS / 8][4]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j++)
+#pragma unroll
+        for (int odd = 0; odd < 2; odd++) {
+            const int token = j * 8 + lane % 4 * 2 + odd;
+            if (token >= tokens) continue;
+            const uint32_t at = kept + (token >> owner_bits) * fn_kept<WEIGHTS, TOKENS>::pitch + lane / 4 * 4;
+            const uint32_t there = address_in_cluster(at, token & ((1 << owner_bits) - 1));
+#pragma unroll
+            for (int i = 0; i < WEIGHTS / 8; i++) store_in_cluster(there + i * 8 * 4, sums[i / 2][j][i % 2 * 2 + odd]);
+        }
+}
+
 /* chunks_each warps. */
 template <fn_dtype D, int WEIGHTS, int TOKENS>
 __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_tensor_args a) {
@@ -29,32 +46,54 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
     using KEPT = fn_kept<WEIGHTS, TOKENS>;
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = rank_in_cluster();
+    const int owner_bits = 31 - __clz(a.cluster), chunk = rank * a.chunks_each + warp;
     const uint32_t weights = shared_at(shared) + warp * BYTES, kept = shared_at(shared) + a.chunks_each * BYTES;
     const uint32_t tokens = weights + FN_GATE_TILES * WEIGHTS * FN_TILE_ROW;
     const int64_t weight = (int64_t)(blockIdx.x / a.cluster) * WEIGHTS, token = (int64_t)blockIdx.y * TOKENS;
-    const int64_t k = (int64_t)(rank * a.chunks_each + warp) * FN_MM_GATE_CHUNK;
+    const int64_t k = (int64_t)chunk * FN_MM_GATE_CHUNK, left = a.tokens.rows - token;
     const fn_tile_copy<true, WEIGHTS, 32> weights_from(a.weights, weight, a.k, lane);
     const fn_tile_copy<true, TOKENS, 32> tokens_from(a.tokens, token, a.k, lane);
+    const bool inner = k + FN_MM_GATE_CHUNK <= a.k;
     if (a.early)
 #pragma unroll
         for (int tile = 0; tile < FN_GATE_TILES; tile++)
             weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
     wait_for_previous();
+    if (inner) {
 #pragma unroll
-    for (int tile = 0; tile < FN_GATE_TILES; tile++) {
-        if (!a.early) weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
-        tokens_from.copy(tokens + tile * TOKENS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
-        close_copies();
+        for (int tile = 0; tile < FN_GATE_TILES; tile++) {
+            if (!a.early) weights_from.copy_inner(weights + tile * WEIGHTS * FN_TILE_ROW, k, tile);
+            tokens_from.copy_inner(tokens + tile * TOKENS * FN_TILE_ROW, k, tile);
+            close_copies();
+        }
+    } else {
+#pragma unroll 1
+        for (int tile = 0; tile < FN_GATE_TILES; tile++) {
+            if (!a.early) weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
+            tokens_from.copy(tokens + tile * TOKENS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
+            close_copies();
+        }
     }
     let_dependents_start();
     float sums[WEIGHTS / 16][TOKENS / 8][4] = {};
     add_tiles<0, D, WEIGHTS, TOKENS>(sums, weights, tokens);
-    keep_sums<WEIGHTS, TOKENS>(kept + warp * KEPT::bytes, KEPT::pitch, 0, 0, sums);
+    const int slot_bytes = KEPT::bytes >> owner_bits; /* of a chunk, in each owner */
+    if (chunk < a.chunks)
+        send_sums<WEIGHTS, TOKENS>(kept + chunk * slot_bytes, owner_bits, left < TOKENS ? (int)left : TOKENS, sums);
     meet_cluster();
-    const int threads = 32 * a.chunks_each;
-    finish_tile<WEIGHTS, TOKENS>(a, kept, a.chunks, a.chunks_each, weight, token, rank * threads + threadIdx.x,
-                                 a.cluster * threads);
-    meet_cluster(); /* no block leaves while another reads its sums */
+    if (rank < 1 << owner_bits) {
+        const int slots = TOKENS >> owner_bits;
+#pragma unroll 1
+        for (int i = threadIdx.x; i < slots * (WEIGHTS / 4); i += blockDim.x) {
+            const int slot = i / (WEIGHTS / 4), w = i % (WEIGHTS / 4) * 4, t = slot << owner_bits | rank;
+            if (t >= left || weight + w >= a.weights.rows) continue;
+            const uint32_t at = kept + slot * KEPT::pitch + w * 4;
+            float4 total = load_floats(at);
+#pragma unroll 8
+            for (int c = 1; c < a.chunks; c++) total = add_floats(total, load_floats(at + c * slot_bytes));
+            store_sums(a, total, weight + w, token + t);
+        }
+    }
 }
 
 #define FN_MM_GATE(D, WEIGHTS, TOKENS)                                                                                 \

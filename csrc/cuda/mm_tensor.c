@@ -50,9 +50,10 @@ static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *pla
     found->kernel = NULL;
     for (int i = 0; i < FN_MM_GATE_KERNELS; i++) {
         const fn_mm_tensor_kernel *kernel = &table->gate[i];
-        const int bytes = each * (kernel->shared_bytes + kernel->sums_bytes);
+        const int cluster = (int)divided(chunks, each), owner_bits = 31 - __builtin_clz((unsigned)cluster);
+        const int bytes = each * kernel->shared_bytes + (int)chunks * (kernel->sums_bytes >> owner_bits);
         if (bytes > device->shared_bytes) break;
-        *found = (layout){kernel, (int)divided(chunks, each), each, 32 * each, bytes};
+        *found = (layout){kernel, cluster, each, 32 * each, bytes};
         if (kernel->tokens >= plan->m) break;
     }
     return found->kernel != NULL;

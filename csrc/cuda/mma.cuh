@@ -50,6 +50,15 @@ template <int ROWS, int THREADS> struct fn_tile_copy<true, ROWS, THREADS> {
         other_to = unit_at(0, first + STEP, unit) - STEP * FN_TILE_ROW;
         rows = left < ROWS ? (int)left : first < ROWS ? ROWS : 0;
     }
+    /* As copy, of tile `number` of those from k on, which all lie within the operand: few instructions for many copies. */
+    FN_MEMBER void copy_inner(uint32_t tile, int64_t k, int number) const {
+        const char *at = from + k * 2;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++, at += stride)
+            if (ROWS % STEP == 0 || i * STEP < ROWS)
+                copy_part_async<FN_UNIT>(tile + (i % 2 ? other_to : to) + i * STEP * FN_TILE_ROW,
+                                         at + number * FN_TILE_ROW, i * STEP < rows ? FN_UNIT : 0);
+    }
     FN_MEMBER void copy(uint32_t tile, int64_t k) const {
         const int64_t left = end - k;
         const int bytes = left >= 8 ? 16 : left > 0 ? (int)left * 2 : 0;
@@ -164,23 +173,45 @@ FN_DEVICE void meet_cluster(void) {
 #endif
 }
 
-/* What lies at the same place in another block's shared memory. */
-FN_DEVICE float4 floats_of_block(uint32_t at, int block) {
-    float4 v;
+/* Of the same place in another block's shared memory. */
+FN_DEVICE uint32_t address_in_cluster(uint32_t at, int block) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(block));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(there)
-                 : "memory");
-#else
+    asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(block));
+#endif
+    return at;
+}
+
+FN_DEVICE void store_in_cluster(uint32_t at, float value) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+#endif
+}
+
+FN_DEVICE float4 load_floats(uint32_t at) {
+    float4 v;
     asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                  : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "r"(at)
                  : "memory");
-#endif
     return v;
+}
+
+FN_DEVICE float4 add_floats(float4 a, float4 b) {
+    return make_float4(fn_add(a.x, b.x), fn_add(a.y, b.y), fn_add(a.z, b.z), fn_add(a.w, b.w));
+}
+
+/* What lies at the same place in another block's shared memory. */
+FN_DEVICE float4 floats_of_block(uint32_t at, int block) {
+#if __CUDA_ARCH__ >= 900
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address_in_cluster(at, block))
+                 : "memory");
+    return v;
+#else
+    return load_floats(at);
+#endif
 }
 
 /* ---- results ----------------------------------------------------------------------------------------------------------- */
@@ -236,11 +267,10 @@ FN_DEVICE void finish_tile(const fn_mm_tensor_args &a, uint32_t kept, int chunks
         const uint32_t at = kept + t * fn_kept<WEIGHTS, TOKENS>::pitch + w * (int)sizeof(float);
         float4 total = floats_of_block(at, 0);
         int block = 0, own = 0;
-#pragma unroll 4
+#pragma unroll 8
         for (int chunk = 1; chunk < chunks; chunk++) {
             if (++own == each) own = 0, block++;
-            const float4 v = floats_of_block(at + own * fn_kept<WEIGHTS, TOKENS>::bytes, block);
-            total = make_float4(fn_add(total.x, v.x), fn_add(total.y, v.y), fn_add(total.z, v.z), fn_add(total.w, v.w));
+            total = add_floats(total, floats_of_block(at + own * fn_kept<WEIGHTS, TOKENS>::bytes, block));
         }
         store_sums(a, total, weight + w, token + t);
     }
