@@ -4,7 +4,7 @@
     python -m benchmarks.run results --quick              a look: about two minutes
     python -m benchmarks.run results --only call --json   host time of small calls, also as JSON
     python -m benchmarks.run results --peer mine.py       with another contestant; benchmarks/peers.py says how
-    python -m benchmarks.run results --device cuda        the norms on a GPU: about four minutes with all peers
+    python -m benchmarks.run results --device cuda        on a GPU: about five minutes with all peers
 
 Ratios within one table are comparable, figures of different runs or machines are not. On a machine that does other work
 at the same time the shares of memcpy move by tens of per cent; instruction counts do not.
@@ -32,6 +32,8 @@ from . import (
     cuda_graphs,
     cuda_peers,
     cuda_price,
+    cuda_product_peers,
+    cuda_products,
     cuda_time,
     instructions,
     machine,
@@ -47,10 +49,10 @@ AnyPeer = TypeVar("AnyPeer", Peer, cuda_peers.CudaPeer)
 Runs = dict[str, Callable[[Progress], Report]]
 BENCHMARKS = {
     "cpu": ("bandwidth", "call", "instructions", "products"),
-    "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_price"),
+    "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_products", "cuda_price"),
 }
 NAMES = (*BENCHMARKS["cpu"], *BENCHMARKS["cuda"])
-BETWEEN_SHARE = 0.3  # of the seconds
+SECONDS_PARTS = {"cuda_time": 7, "cuda_between": 3, "cuda_products": 3}  # of those that run
 
 
 def _list_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
@@ -117,13 +119,14 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--sizes", type=_sizes, metavar="SIZES", help="bytes of x, such as 64K,1M,64M")
     group.add_argument("--dtypes", type=_list_of(DTYPES), default=DTYPES, metavar="NAMES", help=", ".join(DTYPES))
-    group = parser.add_argument_group("cuda_time and cuda_between")
+    group = parser.add_argument_group("cuda_time, cuda_between and cuda_products")
     group.add_argument(
         "--seconds",
         type=float,
-        default=240.0,
+        default=300.0,
         metavar="NUMBER",
-        help="for both together; then peers that compile are left out, a third later all; default: %(default)s",
+        help="for those of them that run, together; then slow beginners are left out, a third later all; "
+        "default: %(default)s",
     )
     options = parser.parse_args(words)
     options.only = options.only or BENCHMARKS[options.device or "cpu"]
@@ -180,17 +183,26 @@ def on_cuda(options: argparse.Namespace) -> Runs:
     if reason:
         raise SystemExit(f"no benchmark runs on a GPU here: {reason}")
     # A file first: what it does to the path of modules may decide which packages are found.
-    peers, absent = present(cuda_peers.registry(options.peer))
+    everyone = cuda_peers.registry(options.peer)
+    peers, absent = present(everyone)
+    wanted = cuda_product_peers.product_registry(everyone) if "cuda_products" in options.only else []
+    multiply, cannot = present(wanted)
+    absent += [reason for reason in cannot if reason not in absent]
     head = {**machine.describe(), **gpu.describe()}
-    head["peers"] = ", ".join(f"{peer.name} {peer.version()}".strip() for peer in peers)
+    versions = [f"{peer.name} {peer.version()}".strip() for peer in [*peers, *multiply]]
+    head["peers"] = ", ".join(dict.fromkeys(versions))
     if absent:
         head["absent"] = "; ".join(absent)
     quick, seconds = options.quick, options.seconds
-    shared = seconds * BETWEEN_SHARE if {"cuda_time", "cuda_between"} <= {*options.only} else 0.0
+    parts = {name: part for name, part in SECONDS_PARTS.items() if name in options.only}
+    share = {name: seconds * part / sum(parts.values()) for name, part in parts.items()}
     return {  # host times first, while no library's threads are at work
         "cuda_call": lambda progress: cuda_call.run(peers, quick, gpu, head, progress),
-        "cuda_time": lambda progress: cuda_time.run(peers, quick, seconds - shared, gpu, head, progress),
-        "cuda_between": lambda progress: cuda_between.run(peers, quick, shared or seconds, gpu, head, progress),
+        "cuda_time": lambda progress: cuda_time.run(peers, quick, share["cuda_time"], gpu, head, progress),
+        "cuda_between": lambda progress: cuda_between.run(peers, quick, share["cuda_between"], gpu, head, progress),
+        "cuda_products": lambda progress: cuda_products.run(
+            multiply, quick, share["cuda_products"], gpu, head, progress
+        ),
         "cuda_price": lambda progress: cuda_price.run(quick, gpu, head, progress),
     }
 

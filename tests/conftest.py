@@ -275,7 +275,7 @@ def core_path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
 
 @pytest.fixture
 def mm_path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
-    """Products: they are on the CPU alone so far, and the reference's bits are the CPU's."""
+    """Products on the CPU. On CUDA, those of 16-bit operands have bits of their own: test_cuda_mm*.py."""
     yield from opened(request.param)
 
 

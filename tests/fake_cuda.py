@@ -33,8 +33,8 @@ class Fake:
         return [line for line in lines if line not in ("describe", "device_of")]
 
     def work(self) -> list[str]:
-        """The norms, and the orders between streams."""
-        return [line for line in self.log() if line.startswith(("norm", "order"))]
+        """The operations, and the orders between streams."""
+        return [line for line in self.log() if line.startswith(("norm", "mm", "order"))]
 
     def fresh(self) -> ModuleType:
         """The same extension with nothing seen or remembered."""

@@ -133,3 +133,24 @@ def test_graph() -> None:
         driver.call("cuGraphExecDestroy", runnable)
         driver.call("cuGraphDestroy", graph)
     driver.call("cuStreamDestroy_v2", stream)
+
+
+# M, N, K: a few rows and many; few columns and many; one chunk of K and several; whole vectors and none.
+PRODUCTS = [(m, n, k) for m in (1, 9, 40, 140) for n, k in ((48, 1100), (24, 40), (520, 200))]
+PRODUCTS += [(8, 256, 2048), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
+
+
+@pytest.mark.parametrize("kind", ["dense", "an element on", "gap", "every other"])
+@pytest.mark.parametrize(("a_dtype", "b_dtype"), [(HALF, HALF), ("float16", "float16"), ("float32", HALF)])
+def test_products(a_dtype: str, b_dtype: str, kind: str) -> None:
+    for m, n, k in PRODUCTS if kind == "dense" else PRODUCTS[::3]:
+        rng = seeded("products", m, n, k)
+        a, b, bias = (
+            (rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)).astype(np.float32).astype(dtype)
+            for shape, dtype in (((m, k), a_dtype), ((n, k), b_dtype), ((n,), "float32"))
+        )
+        wanted = (a.astype(np.float64) @ b.T.astype(np.float64) + bias).astype(np.float32)
+        placed = {"a": a, "b": b, "bias": bias, "out": np.zeros_like(wanted)}
+        on = {name: cuda_arrays.to_device({"": laid_out(v, kind) if v.size else v})[""] for name, v in placed.items()}
+        fusednorm.mm_dtype(on["a"], on["b"].T, bias=on["bias"], out=on["out"])
+        assert_same_bits(np.array(on["out"].download(), order="C"), wanted, (m, n, k, kind))

@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(32 * WARPS_W * WARPS_T, 1) mm_tile(const __gri
     } else {
         wait_for_copies<0>();
         __syncthreads(); /* the tiles are done with: the sums take their place */
-        keep_sums<OWN_W, OWN_T>(tiles, KEPT::pitch, weight_row, token_row, CHUNKED && chunk ? totals : sums);
+        if constexpr (CHUNKED) keep_sums<OWN_W, OWN_T>(tiles, KEPT::pitch, weight_row, token_row, totals);
+        else keep_sums<OWN_W, OWN_T>(tiles, KEPT::pitch, weight_row, token_row, sums);
         __syncthreads();
         finish_tile<WEIGHTS, TOKENS>(a, tiles, 1, 1, weight, token, thread, THREADS);
     }

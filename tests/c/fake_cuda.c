@@ -1,6 +1,7 @@
 /* fake_cuda.c: the CUDA functions of fusednorm.h without a GPU, in the place of csrc/no_cuda.c or csrc/cuda: "device"
- * memory is the host's, a norm runs at once on the CPU, and everything that was asked for is written into a log. Events
- * are done unless fake_set("busy", 1), and NULL while fake_set("capturing", 1). Used by tests/test_cuda_fake.py. */
+ * memory is the host's, norms and products run at once on the CPU, and everything that was asked for is written into a
+ * log. Events are done unless fake_set("busy", 1), and NULL while fake_set("capturing", 1). For tests/fake_cuda.py. */
+#include "mm_plan.h"
 #include "norm_plan.h"
 
 #include <stdio.h>
@@ -107,4 +108,11 @@ fn_status fn_norm_run_cuda(const fn_norm_plan *plan) {
     LOG("norm %d: %llu%s\n", (int)plan->device_id, (unsigned long long)(uintptr_t)plan->stream,
         plan->weights_are_constant ? ", constant" : "");
     return fn_norm_run_cpu(plan);
+}
+
+fn_status fn_mm_run_cuda(const fn_mm_plan *plan) {
+    FN_REQUIRE(!fails, FN_ERROR_RUNTIME, "mm: the fake fails: cudaErrorFake");
+    LOG("mm %d: %llu%s\n", (int)plan->device_id, (unsigned long long)(uintptr_t)plan->stream,
+        plan->weights_are_constant ? ", constant" : "");
+    return fn_mm_run_cpu(plan);
 }
