@@ -6,7 +6,8 @@ Environment variables that it reads:
   FUSEDNORM_CUDA        0: without CUDA. 1: fail where no usable toolkit is found. Unset: use one where it is found
   FUSEDNORM_CUDA_ARCHS  the GPUs to compile for: "80;90", "8.0 9.0+PTX", "90a,120-virtual". Where it is unset,
                         TORCH_CUDA_ARCH_LIST, then CUDAARCHS, then DEFAULT_ARCHITECTURES of tools/build_cuda.py. The
-                        newest gets PTX too, which a driver compiles for later GPUs, unless the list says what gets it
+                        newest gets PTX too, which a driver compiles for later GPUs, unless the list says what gets it.
+                        90 brings 90a along, for the products that it alone can run
   CUDA_HOME, CUDA_PATH  a CUDA toolkit; then nvcc on the PATH, /usr/local/cuda, the packages of PyPI
   MAX_JOBS              how many source files are compiled at the same time (default: the number of processors)
   NVCC_THREADS          how many GPUs' code nvcc compiles at the same time, for each of these files
@@ -114,7 +115,8 @@ class BuildExtension(build_ext):
 
         def compile_one(source: str) -> list[str]:
             if source.endswith(".cu"):
-                return [build_cuda.compile_source(self.nvcc, source, self.nvcc_threads)]
+                nvcc = self.nvcc_90a if source.endswith(build_cuda.ONLY_90A) else self.nvcc
+                return [build_cuda.compile_source(nvcc, source, self.nvcc_threads)]
             more = dict(options)
             if source.startswith("csrc/cuda/"):
                 system = [word for folder in self.toolkit.includes for word in ("-isystem", folder)]
@@ -133,12 +135,18 @@ class BuildExtension(build_ext):
         sources = sorted(glob("csrc/cuda/*.cu"))
         self.toolkit = build_cuda.find_toolkit(self.compiler.linker_so)
         if self.toolkit is None:
-            self.nvcc = []
+            self.nvcc = self.nvcc_90a = []
             extension.sources.append("csrc/no_cuda.c")
             return
         names = build_cuda.architectures(build_cuda.known_architectures(self.toolkit))
         say(f"CUDA: on ({self.toolkit.nvcc}, {'.'.join(map(str, self.toolkit.version))}), for {' '.join(names)}")
         self.nvcc = build_cuda.command_for(self.toolkit, names)
+        self.nvcc_90a = build_cuda.command_for(self.toolkit, ["90a"])
+        if build_cuda.runs_90a(names):
+            extension.define_macros.append(("FN_MM_HOPPER", None))
+            names = build_cuda.with_90a(names)
+        else:
+            sources = [name for name in sources if not name.endswith(build_cuda.ONLY_90A)]
         self.nvcc_threads = count("NVCC_THREADS", max(1, jobs() // max(1, len(sources))))
         extension.sources += [*sources, *sorted(glob("csrc/cuda/*.c"))]
         extension.define_macros.append(("FN_CUDA_ARCHITECTURES", f'"{" ".join(names)}"'))

@@ -72,7 +72,8 @@ def build(gpu: Gpu, folder: str) -> list[CudaPeer]:
         raise RuntimeError("no nvcc")
     flags = runpy.run_path(str(ROOT / "tools" / "build_cuda.py"))["FLAGS"]
     command = [compiler, *flags, f"-arch={gpu.architecture()}", "-DFN_CUDA_ARCHITECTURES=0", "-shared"]
-    sources = [PRICE, *sorted((ROOT / "csrc" / "cuda").glob("*.c")), ROOT / "csrc" / "status.c"]
+    host = [ROOT / "csrc" / "cuda" / name for name in ("rms_norm.c", "schedule.c", "runtime.c")]
+    sources = [PRICE, *host, ROOT / "csrc" / "status.c"]
     running: list[tuple[str, Path, subprocess.Popen[bytes]]] = []
     for name, define in ((CONTRACT, []), (FREE, ["-DFREE_ORDER"])):
         library = Path(folder) / f"libprice{len(running)}.so"

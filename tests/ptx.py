@@ -16,8 +16,7 @@ instruction; nvcc makes it of this, where v is the operand, times 2^24 if it was
 
 If v is 0, negative, Inf or NaN, the answer is rsqrt.approx.ftz(v) itself: Inf, NaN, 0, NaN. That all of it is 1/sqrt
 rounded to nearest is NVIDIA's promise, and tests on a GPU compare it with the CPU's for every non-negative float. Here,
-each fma and each rsqrt.approx has to be one of these, operand by operand. Of products, whoever asks names the operation
-that they are made of.
+each fma and each rsqrt.approx has to be one of these, operand by operand.
 """
 
 from __future__ import annotations
@@ -165,14 +164,15 @@ def _is_single_operation(instruction: Instruction) -> bool:
     return base != "cvt" or not {"rz", "rm", "rp", "rs", "rna"} & set(words)
 
 
-def violations(kernel: Kernel, product: str | None = None) -> list[str]:
-    """The instructions that are neither one operation rounded to nearest even nor a part of __frsqrt_rn, nor match
-    `product`."""
+def violations(kernel: Kernel, products: str = "") -> list[str]:
+    """The instructions that are neither one operation rounded to nearest even nor a part of __frsqrt_rn.
+
+    `products` is a pattern of the opcodes with which a kernel of products multiplies and adds."""
     whole = expansions(kernel)
     allowed = {register for registers in whole for register in registers}
     found, special = [], 0
     for instruction in kernel.instructions:
-        if _is_single_operation(instruction) or (product and re.fullmatch(product, instruction.opcode)):
+        if _is_single_operation(instruction) or re.fullmatch(products, instruction.opcode):
             continue
         if instruction.opcode in (FMA, RSQRT) and instruction.operands[0] in allowed:
             continue

@@ -107,6 +107,15 @@ def test_flags_of_architectures() -> None:
     ]
 
 
+def test_sources_for_one_gpu_alone() -> None:
+    """With machine code for compute capability 9.0, whatever else there is."""
+    assert build_cuda.with_90a(["80", "90", "100", "100-ptx"]) == ["80", "90", "90a", "100", "100-ptx"]
+    assert build_cuda.with_90a(["80", "90a", "80-ptx"]) == ["80", "90a", "80-ptx"]
+    assert build_cuda.with_90a(["90", "90a", "90-ptx"]) == ["90", "90a", "90-ptx"]
+    for names, wanted in ((["80", "90"], True), (["90a"], True), (["80", "90-ptx"], False), (["100"], False)):
+        assert build_cuda.runs_90a(names) == wanted
+
+
 # ---- which toolkit -------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,8 @@ BIT_FLAGS = ["-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true"]
 HOST_FLAGS = "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off,-fno-exceptions,-D__NV_LEGACY_LAUNCH"
 FLAGS = ["-O3", "-std=c++17", *BIT_FLAGS, HOST_FLAGS, "-Icsrc"]
 
+ONLY_90A = "_sm90a.cu"  # how a source ends whose instructions no GPU but compute capability 9.0 has
+
 OLDEST_NVCC = (12, 4)
 DEFAULT_ARCHITECTURES = "80 86 89 90 100 120"
 LISTS = ("FUSEDNORM_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "CUDAARCHS")
@@ -223,6 +225,19 @@ def generate_code(names: list[str]) -> list[str]:
         number, kind = name.removesuffix("-ptx"), "compute" if name.endswith("-ptx") else "sm"
         flags.append(f"-gencode=arch=compute_{number},code={kind}_{number}")
     return flags
+
+
+def runs_90a(names: list[str]) -> bool:
+    """Whether machine code for compute capability 9.0 is wanted: then the sources ONLY_90A are compiled too."""
+    return bool({"90", "90a"} & set(names))
+
+
+def with_90a(names: list[str]) -> list[str]:
+    """What the module has code for when they are."""
+    if "90a" in names:
+        return names
+    after = names.index("90") + 1
+    return [*names[:after], "90a", *names[after:]]
 
 
 # ---- nvcc ----------------------------------------------------------------------------------------------------------

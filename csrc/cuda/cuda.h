@@ -5,11 +5,13 @@
 #include "../fusednorm.h"
 
 #include <cuda_runtime_api.h>
+#include <stdatomic.h>
 
 typedef struct {
     int multiprocessors;
     bool clusters; /* thread block clusters and programmatic dependent launch: compute capability 9.0 and newer, in the
                       device and in the code that it runs */
+    bool exactly_90;  /* compute capability 9.0 itself: it runs what was compiled for it alone (sm_90a) */
     int shared_bytes; /* that a block can have */
 } fn_cuda_properties;
 
@@ -30,15 +32,25 @@ typedef struct {
  * has it, unless FUSEDNORM_PDL=0. */
 fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch);
 
-/* Lets a kernel have so much shared memory, on the device. */
-fn_status fn_cuda_allow_shared(int32_t device, const void *kernel, int bytes);
+/* Bit d: device d. */
+typedef _Atomic uint64_t fn_cuda_devices;
+
+/* Lets a kernel have so much shared memory, on the device; `done`, one for each kernel, keeps on which devices it has. */
+fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes);
+
+/* Makes the device and its context current, for calls of the driver; `previous` is what fn_cuda_leave takes. */
+fn_status fn_cuda_enter(int32_t device, int *previous);
+void fn_cuda_leave(int32_t device, int previous);
+
+/* A function of the driver, as it was in the version of CUDA (12000 is 12.0). */
+fn_status fn_cuda_driver_function(const char *name, unsigned version, void **function);
 
 /* Loads the kernel on the current device. */
 fn_status fn_cuda_load(const void *kernel);
 
 /* The kernels' own warm-ups; the device is current. One for each operation. */
 fn_status fn_norm_warmup(void);
-fn_status fn_mm_warmup(void);
+fn_status fn_mm_warmup(const fn_cuda_properties *device);
 
 /* FN_ERROR_RUNTIME with CUDA's name and text for the error. Takes the error out of the runtime, where the next call of some
  * framework would find it. */

@@ -5,33 +5,27 @@
 #include "mm_tensor.h"
 
 #include "cuda.h"
-
-#include <stdatomic.h>
+#include "mm_hopper.h"
 
 enum {
     GATE_TOKENS = 128,    /* rows of a, up to which a warp takes a chunk */
     MOST_CHUNKS_EACH = 4, /* of a block of a gate kernel */
     MOST_OUTER_BLOCKS = 65535,
-    MOST_DEVICES = 64,
 };
 
 static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 /* ---- shared memory ------------------------------------------------------------------------------------------------------ */
 
-/* Bit d: device d lets the kernel have all that a block can have. */
-static _Atomic uint64_t allowed[2][FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS];
+/* The devices that let the kernel have all that a block can have. */
+static fn_cuda_devices allowed[2][FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS];
 
 static fn_status allow(const fn_mm_tensor_kernels *table, const fn_mm_tensor_kernel *kernel, int32_t device,
                        int bytes) {
     const bool gate = kernel >= table->gate && kernel < table->gate + FN_MM_GATE_KERNELS;
-    _Atomic uint64_t *const done =
+    fn_cuda_devices *const done =
         &allowed[table == &fn_mm_f16][gate ? FN_MM_TILE_KERNELS + (kernel - table->gate) : kernel - table->tile];
-    const uint64_t bit = device >= 0 && device < MOST_DEVICES ? (uint64_t)1 << device : 0;
-    if (atomic_load_explicit(done, memory_order_relaxed) & bit) return FN_OK;
-    FN_TRY(fn_cuda_allow_shared(device, kernel->function, bytes));
-    atomic_fetch_or(done, bit);
-    return FN_OK;
+    return fn_cuda_allow_shared(done, device, kernel->function, bytes);
 }
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------------- */
@@ -138,6 +132,7 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     const bool whole = args.tokens.whole && args.weights.whole;
     fn_cuda_properties device;
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
+    if (fn_mm_hopper_serves(plan, chunked, &device)) return fn_mm_run_hopper(plan, chunked, &device);
     layout chosen;
     if (!chunked || !whole || !gate_layout(table, plan, args.chunks, &device, &chosen))
         tile_layout(table, plan, chunked, whole, args.chunks, &device, &chosen);

@@ -42,9 +42,10 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
         *properties = known[device];
         return FN_OK;
     }
-    int major = 0, previous = 0;
+    int major = 0, minor = 0, previous = 0;
     struct cudaFuncAttributes code;
     FN_CUDA_TRY("CUDA device", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    FN_CUDA_TRY("CUDA device", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
     FN_CUDA_TRY("CUDA device",
                 cudaDeviceGetAttribute(&properties->multiprocessors, cudaDevAttrMultiProcessorCount, device));
     FN_CUDA_TRY("CUDA device",
@@ -55,6 +56,7 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
     FN_CUDA_TRY("CUDA kernels", error);
     /* A driver may have compiled the PTX of an older architecture, in which what needs a newer one was left out. */
     properties->clusters = major >= 9 && code.ptxVersion >= 90;
+    properties->exactly_90 = major == 9 && minor == 0;
     if (device < MOST_DEVICES) {
         static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
         pthread_mutex_lock(&lock);
@@ -159,12 +161,39 @@ fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
     return FN_OK;
 }
 
-fn_status fn_cuda_allow_shared(int32_t device, const void *kernel, int bytes) {
+fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes) {
+    const uint64_t bit = device >= 0 && device < MOST_DEVICES ? (uint64_t)1 << device : 0;
+    if (atomic_load_explicit(done, memory_order_relaxed) & bit) return FN_OK;
     int previous = 0;
     FN_CUDA_TRY("CUDA device", enter_device(device, &previous));
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     leave_device(device, previous);
     FN_CUDA_TRY("CUDA kernel", error);
+    atomic_fetch_or(done, bit);
+    return FN_OK;
+}
+
+/* A thread's first cudaSetDevice makes the context current, even for the device that is current already. */
+fn_status fn_cuda_enter(int32_t device, int *previous) {
+    FN_CUDA_TRY("CUDA device", cudaGetDevice(previous));
+    FN_CUDA_TRY("CUDA device", cudaSetDevice(device));
+    return FN_OK;
+}
+
+void fn_cuda_leave(int32_t device, int previous) { leave_device(device, previous); }
+
+/* The module is not linked with the driver's library, which may be absent. */
+fn_status fn_cuda_driver_function(const char *name, unsigned version, void **function) {
+    enum cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+    *function = NULL;
+#if CUDART_VERSION >= 12050
+    FN_CUDA_TRY(name, cudaGetDriverEntryPointByVersion(name, function, version, cudaEnableDefault, &found));
+#else
+    (void)version;
+    FN_CUDA_TRY(name, cudaGetDriverEntryPoint(name, function, cudaEnableDefault, &found));
+#endif
+    FN_REQUIRE(found == cudaDriverEntryPointSuccess && *function, FN_ERROR_RUNTIME,
+               "%s: the driver has no such function", name);
     return FN_OK;
 }
 
@@ -179,9 +208,11 @@ fn_status fn_cuda_warmup(int32_t device) {
     FN_CUDA_TRY("warmup", cudaGetDeviceCount(&devices));
     FN_REQUIRE(device >= 0 && device < devices, FN_ERROR_VALUE, "warmup: device is %d: must be from 0 to %d", device,
                devices - 1);
+    fn_cuda_properties properties;
+    FN_TRY(fn_cuda_properties_of(device, &properties));
     FN_CUDA_TRY("warmup", enter_device(device, &previous));
     fn_status status = fn_norm_warmup();
-    if (status == FN_OK) status = fn_mm_warmup();
+    if (status == FN_OK) status = fn_mm_warmup(&properties);
     leave_device(device, previous);
     return status;
 }

@@ -1,0 +1,13 @@
+/* mm_hopper_f16_sm90a.cu: the products of float16 operands on compute capability 9.0. */
+#include "mm_decode.cuh"
+#include "mm_wgmma.cuh"
+
+const fn_mm_hopper_kernels fn_mm_hopper_f16 = {
+    {{FN_MM_DECODE(FN_FLOAT16, 8, 1)},
+     {FN_MM_DECODE(FN_FLOAT16, 16, 1)},
+     {FN_MM_DECODE(FN_FLOAT16, 32, 1)},
+     {FN_MM_DECODE(FN_FLOAT16, 64, 1)},
+     {FN_MM_DECODE(FN_FLOAT16, 128, 2)}},
+    {FN_MM_PREFILL(FN_FLOAT16, fn_prefill_shape)},
+    {FN_MM_PREFILL(FN_FLOAT16, fn_gate_shape)},
+};
