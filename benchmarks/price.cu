@@ -98,10 +98,7 @@ const void *const fn_norm_strided_kernel = (const void *)never_launched;
 extern const fn_dtype_info fn_dtypes[FN_DTYPE_COUNT] = {FN_FOR_EACH_DTYPE(DTYPE_ROW)};
 
 // The launcher warms up products too, which are not here.
-extern "C" {
-#include "../csrc/cuda/cuda.h"
-fn_status fn_mm_warmup(const fn_cuda_properties *) { return FN_OK; }
-}
+extern "C" fn_status fn_mm_warmup(const void *) { return FN_OK; }
 
 // Queues a norm of contiguous rows; with a residual, which becomes the sum, the fused one. NULL, or why not.
 extern "C" __attribute__((visibility("default"))) const char *price_norm(char *x, char *residual, char *weight,
