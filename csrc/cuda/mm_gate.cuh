@@ -11,6 +11,11 @@
 
 enum { FN_GATE_TILES = FN_MM_GATE_CHUNK / FN_MM_TILE_K };
 
+/* Of a warp. */
+template <int WEIGHTS, int TOKENS> struct fn_gate_bytes {
+    static constexpr int operands = FN_GATE_TILES * (WEIGHTS + TOKENS) * FN_TILE_ROW;
+};
+
 template <int TILE, fn_dtype D, int WEIGHTS, int TOKENS>
 FN_DEVICE void add_tiles(float sums[WEIGHTS / 16][TOKENS / 8][4], uint32_t weights, uint32_t tokens) {
     if constexpr (TILE < FN_GATE_TILES) {
@@ -22,27 +27,29 @@ FN_DEVICE void add_tiles(float sums[WEIGHTS / 16][TOKENS / 8][4], uint32_t weigh
     }
 }
 
-/* Sums of a chunk go to the blocks that will add them up: token t to block t % owners, owners a power of two. */
+/* Sums of a chunk go to the blocks that will add them up: token t to block t % owners, owners a power of two. By way of
+ * `scratch`, so that what travels are whole groups of neighbours. */
 template <int WEIGHTS, int TOKENS>
-FN_DEVICE void send_sums(uint32_t kept, int owner_bits, int tokens, const float sums[WEIGHTS / 16][TOKENS / 8][4]) {
-    const int lane = threadIdx.x % 32;
+FN_DEVICE void send_sums(uint32_t kept, uint32_t scratch, int owner_bits, int tokens,
+                         const float sums[WEIGHTS / 16][TOKENS / 8][4]) {
+    constexpr int PITCH = fn_kept<WEIGHTS, TOKENS>::pitch, UNITS = WEIGHTS / 4;
+    __syncwarp(); /* all lanes have read the operands that lay there */
+    keep_sums<WEIGHTS, TOKENS>(scratch, PITCH, 0, 0, sums);
+    __syncwarp();
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; j++)
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-            const int token = j * 8 + lane % 4 * 2 + odd;
-            if (token >= tokens) continue;
-            const uint32_t at = kept + (token >> owner_bits) * fn_kept<WEIGHTS, TOKENS>::pitch + lane / 4 * 4;
-            const uint32_t there = address_in_cluster(at, token & ((1 << owner_bits) - 1));
-#pragma unroll
-            for (int i = 0; i < WEIGHTS / 8; i++) store_in_cluster(there + i * 8 * 4, sums[i / 2][j][i % 2 * 2 + odd]);
-        }
+    for (int i = threadIdx.x % 32; i < TOKENS * UNITS; i += 32) {
+        const int token = i / UNITS, at = i % UNITS * 16;
+        if (token >= tokens) break;
+        const uint32_t there = kept + (token >> owner_bits) * PITCH + at;
+        store_in_cluster(address_in_cluster(there, token & ((1 << owner_bits) - 1)),
+                         load_floats(scratch + token * PITCH + at));
+    }
 }
 
 /* chunks_each warps. */
 template <fn_dtype D, int WEIGHTS, int TOKENS>
 __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_tensor_args a) {
-    constexpr int BYTES = FN_GATE_TILES * (WEIGHTS + TOKENS) * FN_TILE_ROW;
+    constexpr int BYTES = fn_gate_bytes<WEIGHTS, TOKENS>::operands;
     using KEPT = fn_kept<WEIGHTS, TOKENS>;
     extern __shared__ __align__(128) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = rank_in_cluster();
@@ -79,7 +86,8 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
     add_tiles<0, D, WEIGHTS, TOKENS>(sums, weights, tokens);
     const int slot_bytes = KEPT::bytes >> owner_bits; /* of a chunk, in each owner */
     if (chunk < a.chunks)
-        send_sums<WEIGHTS, TOKENS>(kept + chunk * slot_bytes, owner_bits, left < TOKENS ? (int)left : TOKENS, sums);
+        send_sums<WEIGHTS, TOKENS>(kept + chunk * slot_bytes, weights, owner_bits, left < TOKENS ? (int)left : TOKENS,
+                                   sums);
     meet_cluster();
     if (rank < 1 << owner_bits) {
         const int slots = TOKENS >> owner_bits;
@@ -97,9 +105,7 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
 }
 
 #define FN_MM_GATE(D, WEIGHTS, TOKENS)                                                                                 \
-    {                                                                                                                  \
-        (const void *)mm_gate<D, WEIGHTS, TOKENS>, WEIGHTS, TOKENS, 32,                                                \
-            FN_GATE_TILES *(WEIGHTS + TOKENS) * FN_TILE_ROW, fn_kept<WEIGHTS, TOKENS>::bytes, true, true               \
-    }
+    (const void *)mm_gate<D, WEIGHTS, TOKENS>, WEIGHTS, TOKENS, 32, fn_gate_bytes<WEIGHTS, TOKENS>::operands,          \
+        fn_kept<WEIGHTS, TOKENS>::bytes, true, true
 
 #endif

@@ -181,9 +181,10 @@ FN_DEVICE uint32_t address_in_cluster(uint32_t at, int block) {
     return at;
 }
 
-FN_DEVICE void store_in_cluster(uint32_t at, float value) {
+FN_DEVICE void store_in_cluster(uint32_t at, float4 v) {
 #if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(value) : "memory");
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 #endif
 }
 
