@@ -20,21 +20,25 @@
 #define FN_MM_CHUNK 1024
 #define FN_MM_MOST_ROWS 4 /* of a tile */
 
+/* Where a tile takes b's elements from: rows of a dtype, or a panel. */
+enum { FN_MM_PACKED = FN_DTYPE_COUNT, FN_MM_SOURCES };
+
 /* Sums of one chunk for a tile of outputs: those of row i and column j go to sums[i * sums_stride + j], replacing what is
- * there if `first`, else added to it. `a` and `b` have `count` elements side by side in each row (b's rows are columns
- * of the product), rows any number of bytes apart; a's are fp32. */
-typedef void fn_mm_tile(const char *a, int64_t a_stride, const char *b, int64_t b_stride, int64_t count, float *sums,
+ * there if `first`, else added to it. `a` is a panel of the tile's rows. So is b (of the product's columns) where it is
+ * packed; else its rows lie b_stride bytes apart, with `count` elements side by side in each. */
+typedef void fn_mm_tile(const float *a, const char *b, int64_t b_stride, int64_t count, float *sums,
                         int64_t sums_stride, bool first);
 
 /* One instruction set's product.
- *   tile      by b's dtype, the number of rows - 1, and whether it has tile_columns columns or one
- *   widen     count elements side by side to fp32
+ *   tile      by where b's elements come from, then for 1, 2, ... rows with one column and with tile_columns columns
+ *   pack      a panel of `rows` rows of `count` elements: for k = 0, 16, 32, ... 16 elements of the first row, of the
+ *             second, and so on, as fp32, zeros after the last. The panel is aligned to 64 bytes
  *   widen16   for each of 16 places k from first: the 16 neighbours at from + k * stride, to element k of 16 rows */
 typedef struct {
     const char *name;
     int tile_rows, tile_columns;
-    fn_mm_tile *tile[FN_DTYPE_COUNT][FN_MM_MOST_ROWS][2];
-    void (*widen)(const char *from, fn_dtype dtype, int64_t count, float *to);
+    fn_mm_tile *tile[FN_MM_SOURCES][2 * FN_MM_MOST_ROWS];
+    void (*pack)(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel);
     void (*widen16)(const char *from, int64_t stride, fn_dtype dtype, float *to, int64_t to_stride);
 } fn_mm_kernels;
 

@@ -32,12 +32,6 @@ static inline float fold_lanes(const vector sum[2]) {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 
-static inline void fold_tile(const vector acc[TILE_ROWS][TILE_COLUMNS][2], float folded[TILE_ROWS][TILE_COLUMNS]) {
-    _Pragma("GCC unroll 4") for (int i = 0; i < TILE_ROWS; i++) {
-        _Pragma("GCC unroll 4") for (int j = 0; j < TILE_COLUMNS; j++) folded[i][j] = fold_lanes(acc[i][j]);
-    }
-}
-
 /* Halves are the 128-bit parts of a vector. */
 static inline void transpose16(const vector block[16][2], float *to, int64_t to_stride) {
     for (int k = 0; k < 16; k += 8)

@@ -44,7 +44,8 @@ static inline float fold_lanes(const vector sum[1]) {
 }
 
 /* Quads are the 128-bit parts of a vector. */
-static inline void fold_tile(const vector acc[4][4][1], float folded[4][4]) {
+#define HAS_FOLD_TILE
+static inline void fold_tile(const vector acc[4][4][1], float *sums, int64_t stride, bool replace) {
     vector four[4], two[2];
     _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
         vector eight[2];
@@ -68,7 +69,13 @@ static inline void fold_tile(const vector acc[4][4][1], float folded[4][4]) {
     const vector one = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(2, 0, 2, 0)),
                                      _mm512_shuffle_ps(two[0], two[1], _MM_SHUFFLE(3, 1, 3, 1)));
     const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    _mm512_storeu_ps(folded[0], _mm512_permutexvar_ps(in_order, one));
+    const vector folded = _mm512_permutexvar_ps(in_order, one);
+    const __m128 row[4] = {_mm512_castps512_ps128(folded), _mm512_extractf32x4_ps(folded, 1),
+                           _mm512_extractf32x4_ps(folded, 2), _mm512_extractf32x4_ps(folded, 3)};
+    _Pragma("GCC unroll 4") for (int i = 0; i < 4; i++) {
+        float *to = sums + i * stride;
+        _mm_storeu_ps(to, replace ? row[i] : _mm_add_ps(_mm_loadu_ps(to), row[i]));
+    }
 }
 
 static inline void transpose16(const vector block[16][1], float *to, int64_t to_stride) {

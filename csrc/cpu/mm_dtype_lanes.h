@@ -4,13 +4,15 @@
  * mm_dtype_scalar.c because each of the 16 lanes sees the same fused multiply-adds in the same order.
  *
  *   LANES, vector                    floats in a vector, 4, 8 or 16, and its type
- *   TILE_ROWS, TILE_COLUMNS          of the largest tile, at most FN_MM_MOST_ROWS rows; its 16-lane sums fill the registers
+ *   TILE_ROWS, TILE_COLUMNS          of the largest tile, at most FN_MM_MOST_ROWS rows; its sums stay in registers, and
+ *                                    are enough to hide an addition's latency
  *   zero, multiply_add               +0 in all lanes; a * b + c, rounded once
  *   load_f32, load_f16, load_bf16    LANES elements from any address, widened
  *   load_part_f32, ...               load_part below, if HAS_MASKED_LOADS is defined
  *   store                            LANES floats
  *   fold_lanes                       the 16 lanes of one sum, folded by halves
- *   fold_tile                        the same for TILE_ROWS * TILE_COLUMNS sums
+ *   fold_tile                        the same for all sums of the largest tile, put or added where they belong; if
+ *                                    HAS_FOLD_TILE is defined
  *   transpose16                      a 16 x 16 matrix of floats, to rows any number of floats apart
  *   PATH, PATH_NAME                  the table to define and its name
  */
@@ -64,8 +66,8 @@ INLINE vector load_part(const char *p, int64_t count, fn_dtype dtype) {
 
 /* acc += a * b over the first `count` of 16 places k, and zeros in the others, for every output of the tile. `whole` is
  * known to the compiler: count is 16. */
-INLINE void step(bool whole, int64_t count, vector (*acc)[TILE_COLUMNS][PARTS], int rows, int columns, const char *a,
-                 int64_t a_stride, const char *b, int64_t b_stride, fn_dtype b_dtype) {
+INLINE void step(bool whole, int64_t count, vector (*acc)[TILE_COLUMNS][PARTS], int rows, int columns, const float *a,
+                 const char *b, int64_t b_stride, fn_dtype b_dtype) {
     FOR_PARTS {
         vector y[TILE_COLUMNS];
         FOR_COLUMNS {
@@ -73,44 +75,60 @@ INLINE void step(bool whole, int64_t count, vector (*acc)[TILE_COLUMNS][PARTS], 
             y[j] = whole ? load(from, b_dtype) : load_part(from, count - p * LANES, b_dtype);
         }
         FOR_ROWS {
-            const char *from = a + i * a_stride + p * LANES * 4;
-            vector x = whole ? load_f32(from) : load_part(from, count - p * LANES, FN_FLOAT32);
+            vector x = load_f32(a + i * FN_MM_LANES + p * LANES);
             KEEP(x); /* gcc would load it again for each column: loads are what limits a small tile */
             FOR_COLUMNS acc[i][j][p] = multiply_add(x, y[j], acc[i][j][p]);
         }
     }
 }
 
-INLINE void tile(int rows, int columns, fn_dtype b_dtype, const char *a, int64_t a_stride, const char *b,
-                 int64_t b_stride, int64_t count, float *sums, int64_t sums_stride, bool first) {
-    const int size = size_of(b_dtype);
+INLINE void tile(int rows, int columns, int source, const float *a, const char *b, int64_t b_stride, int64_t count,
+                 float *sums, int64_t sums_stride, bool first) {
+    const bool packed = source == FN_MM_PACKED;
+    const fn_dtype dtype = packed ? FN_FLOAT32 : (fn_dtype)source;
+    const int b_step = FN_MM_LANES * size_of(dtype) * (packed ? columns : 1);
+    if (packed) {
+        b_stride = FN_MM_LANES * sizeof(float);
+        count = (count + FN_MM_LANES - 1) / FN_MM_LANES * FN_MM_LANES;
+    }
     vector acc[TILE_ROWS][TILE_COLUMNS][PARTS];
     FOR_ROWS FOR_COLUMNS FOR_PARTS acc[i][j][p] = zero();
-    int64_t k = 0;
-    for (; k + FN_MM_LANES <= count; k += FN_MM_LANES)
-        step(true, FN_MM_LANES, acc, rows, columns, a + k * 4, a_stride, b + k * size, b_stride, b_dtype);
-    if (k < count) step(false, count - k, acc, rows, columns, a + k * 4, a_stride, b + k * size, b_stride, b_dtype);
-    float folded[TILE_ROWS][TILE_COLUMNS];
-    if (rows == TILE_ROWS && columns == TILE_COLUMNS) fold_tile(acc, folded);
-    else FOR_ROWS FOR_COLUMNS folded[i][j] = fold_lanes(acc[i][j]);
+    for (; count >= FN_MM_LANES; count -= FN_MM_LANES) {
+        /* b's rows may come from memory: those of the next tile, to the second-level cache. With bfloat16 weights of
+         * 32 MiB, 36 GB/s at M = 1 instead of 20. Past the last row it fetches what no one needs, and cannot fault. */
+        if (!packed) FOR_COLUMNS __builtin_prefetch(b + (j + columns) * b_stride, 0, 2);
+        step(true, FN_MM_LANES, acc, rows, columns, a, b, b_stride, dtype);
+        a += rows * FN_MM_LANES;
+        b += b_step;
+    }
+    if (!packed && count > 0) step(false, count, acc, rows, columns, a, b, b_stride, dtype);
+#if defined(HAS_FOLD_TILE)
+    if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
+        fold_tile(acc, sums, sums_stride, first);
+        return;
+    }
+#endif
     FOR_ROWS FOR_COLUMNS {
         float *sum = sums + i * sums_stride + j;
-        *sum = first ? folded[i][j] : *sum + folded[i][j];
+        const float folded = fold_lanes(acc[i][j]);
+        *sum = first ? folded : *sum + folded;
     }
 }
 
-#define DEFINE_TILE(name, rows, columns, dtype)                                                                        \
-    static void name(const char *a, int64_t a_stride, const char *b, int64_t b_stride, int64_t count, float *sums,     \
-                     int64_t sums_stride, bool first) {                                                                \
-        tile(rows, columns, dtype, a, a_stride, b, b_stride, count, sums, sums_stride, first);                         \
+#define DEFINE_TILE(name, rows, columns, source)                                                                       \
+    static void name(const float *a, const char *b, int64_t b_stride, int64_t count, float *sums, int64_t sums_stride, \
+                     bool first) {                                                                                     \
+        tile(rows, columns, source, a, b, b_stride, count, sums, sums_stride, first);                                  \
     }
 #define DEFINE_TILES(name, rows)                                                                                       \
     DEFINE_TILE(name##_f32_wide, rows, TILE_COLUMNS, FN_FLOAT32)                                                       \
     DEFINE_TILE(name##_f16_wide, rows, TILE_COLUMNS, FN_FLOAT16)                                                       \
     DEFINE_TILE(name##_bf16_wide, rows, TILE_COLUMNS, FN_BFLOAT16)                                                     \
+    DEFINE_TILE(name##_packed_wide, rows, TILE_COLUMNS, FN_MM_PACKED)                                                  \
     DEFINE_TILE(name##_f32, rows, 1, FN_FLOAT32)                                                                       \
     DEFINE_TILE(name##_f16, rows, 1, FN_FLOAT16)                                                                       \
-    DEFINE_TILE(name##_bf16, rows, 1, FN_BFLOAT16)
+    DEFINE_TILE(name##_bf16, rows, 1, FN_BFLOAT16)                                                                     \
+    DEFINE_TILE(name##_packed, rows, 1, FN_MM_PACKED)
 DEFINE_TILES(one_row, 1)
 DEFINE_TILES(two_rows, 2)
 #if TILE_ROWS >= 3
@@ -120,14 +138,26 @@ DEFINE_TILES(three_rows, 3)
 DEFINE_TILES(four_rows, 4)
 #endif
 
-static void widen(const char *from, fn_dtype dtype, int64_t count, float *to) {
+INLINE void pack_as(fn_dtype dtype, const char *from, int64_t stride, int64_t rows, int64_t count, float *panel) {
     const int size = size_of(dtype);
-    int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) store(to + k, load(from + k * size, dtype));
-    if (k == count) return;
-    float rest[LANES];
-    store(rest, load_part(from + k * size, count - k, dtype));
-    memcpy(to + k, rest, (size_t)(count - k) * sizeof *to);
+    for (int64_t k = 0; k < count; k += FN_MM_LANES)
+        for (int64_t i = 0; i < rows; i++, panel += FN_MM_LANES) {
+            const char *at = from + i * stride + k * size;
+            const int64_t left = count - k;
+            FOR_PARTS store(panel + p * LANES, left >= FN_MM_LANES
+                                                   ? load(at + p * LANES * size, dtype)
+                                                   : load_part(at + p * LANES * size, left - p * LANES, dtype));
+        }
+}
+
+static void pack(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel) {
+    switch (dtype) {
+    case FN_FLOAT16: pack_as(FN_FLOAT16, from, stride, rows, count, panel); return;
+    case FN_BFLOAT16: pack_as(FN_BFLOAT16, from, stride, rows, count, panel); return;
+    case FN_FLOAT32:
+    case FN_DTYPE_COUNT: break;
+    }
+    pack_as(FN_FLOAT32, from, stride, rows, count, panel);
 }
 
 static void widen16(const char *from, int64_t stride, fn_dtype dtype, float *to, int64_t to_stride) {
@@ -137,21 +167,24 @@ static void widen16(const char *from, int64_t stride, fn_dtype dtype, float *to,
     transpose16(block, to, to_stride);
 }
 
-#define TABLE_ROW(name, type) {name##_##type, name##_##type##_wide}
+#define TABLE_ROW(name, type) name##_##type, name##_##type##_wide
 #if TILE_ROWS >= 4
 #define TABLE(type)                                                                                                    \
-    {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type), TABLE_ROW(four_rows, type)}
+    TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type), TABLE_ROW(four_rows, type)
 #elif TILE_ROWS == 3
-#define TABLE(type) {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type)}
+#define TABLE(type) TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type), TABLE_ROW(three_rows, type)
 #else
-#define TABLE(type) {TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type)}
+#define TABLE(type) TABLE_ROW(one_row, type), TABLE_ROW(two_rows, type)
 #endif
 
 const fn_mm_kernels PATH = {
     .name = PATH_NAME,
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_COLUMNS,
-    .tile = {[FN_FLOAT32] = TABLE(f32), [FN_FLOAT16] = TABLE(f16), [FN_BFLOAT16] = TABLE(bf16)},
-    .widen = widen,
+    .tile = {[FN_FLOAT32] = {TABLE(f32)},
+             [FN_FLOAT16] = {TABLE(f16)},
+             [FN_BFLOAT16] = {TABLE(bf16)},
+             [FN_MM_PACKED] = {TABLE(packed)}},
+    .pack = pack,
     .widen16 = widen16,
 };

@@ -27,12 +27,6 @@ static inline float fold_lanes(const vector sum[4]) {
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
 }
 
-static inline void fold_tile(const vector acc[TILE_ROWS][TILE_COLUMNS][4], float folded[TILE_ROWS][TILE_COLUMNS]) {
-    _Pragma("GCC unroll 4") for (int i = 0; i < TILE_ROWS; i++) {
-        _Pragma("GCC unroll 4") for (int j = 0; j < TILE_COLUMNS; j++) folded[i][j] = fold_lanes(acc[i][j]);
-    }
-}
-
 static inline void transpose16(const vector block[16][4], float *to, int64_t to_stride) {
     for (int k = 0; k < 16; k += 4)
         for (int p = 0; p < 4; p++) {

@@ -119,9 +119,14 @@ template <int ROWS, int K, int THREADS> struct fn_mm_source {
 #pragma unroll
             for (int own = 0; own < VECTORS; own++) {
                 const fn_mm_place at = vector(own * THREADS, false);
-                const int bytes = has(at, k_here) ? min(k_here, 4) * 4 : 0;
+                const int bytes = has(at, k_here) ? min(k_here - at.k, 4) * 4 : 0;
                 const char *const from = bytes ? next + at.row * side.row_stride : side.data;
-                copy_part_async<16>(fn_mm_further<K>(to, at), from, bytes);
+                if (bytes == 0 || bytes == 16) copy_part_async<16>(fn_mm_further<K>(to, at), from, bytes);
+                else /* what lies behind the row's end may be nobody's memory */
+#pragma unroll 1
+                    for (int e = 0; e < 16; e += 4)
+                        copy_part_async<4>(fn_mm_further<K>(to, at) + e, e < bytes ? from + e : side.data,
+                                           e < bytes ? 4 : 0);
             }
         } else if (side.access == FN_MM_COPIED_SINGLY) {
 #pragma unroll 4

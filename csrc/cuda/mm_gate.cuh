@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
 #pragma unroll
         for (int tile = 0; tile < FN_GATE_TILES; tile++)
             weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
+    arrive_in_cluster(); /* a block is written to once it has begun */
     wait_for_previous();
     if (inner) {
 #pragma unroll
@@ -85,6 +86,7 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
     float sums[WEIGHTS / 16][TOKENS / 8][4] = {};
     add_tiles<0, D, WEIGHTS, TOKENS>(sums, weights, tokens);
     const int slot_bytes = KEPT::bytes >> owner_bits; /* of a chunk, in each owner */
+    wait_for_cluster_arrivals();
     if (chunk < a.chunks)
         send_sums<WEIGHTS, TOKENS>(kept + chunk * slot_bytes, weights, owner_bits, left < TOKENS ? (int)left : TOKENS,
                                    sums);

@@ -61,13 +61,24 @@ template <int ROWS, int THREADS> struct fn_tile_copy<true, ROWS, THREADS> {
     }
     FN_MEMBER void copy(uint32_t tile, int64_t k) const {
         const int64_t left = end - k;
-        const int bytes = left >= 8 ? 16 : left > 0 ? (int)left * 2 : 0;
         const char *at = from + k * 2;
+        if (left > 0 && left < 8) { /* what lies behind the row's end may be nobody's memory */
+#pragma unroll 1
+            for (int i = 0; i < COUNT && i * STEP < ROWS; i++, at += stride) {
+                const uint32_t unit = tile + (i % 2 ? other_to : to) + i * STEP * FN_TILE_ROW;
+                asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(unit), "r"(0) : "memory");
+#pragma unroll 1
+                for (int j = 0; i * STEP < rows && j < (int)left; j++)
+                    asm volatile("st.shared.b16 [%0], %1;" ::"r"(unit + 2 * j), "h"(((const uint16_t *)at)[j])
+                                 : "memory");
+            }
+            return;
+        }
 #pragma unroll
         for (int i = 0; i < COUNT; i++, at += stride)
             if (ROWS % STEP == 0 || i * STEP < ROWS)
                 copy_part_async<FN_UNIT>(tile + (i % 2 ? other_to : to) + i * STEP * FN_TILE_ROW, at,
-                                         i * STEP < rows ? bytes : 0);
+                                         left > 0 && i * STEP < rows ? FN_UNIT : 0);
     }
 };
 
@@ -164,6 +175,19 @@ FN_DEVICE int rank_in_cluster(void) {
     asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
 #endif
     return (int)rank;
+}
+
+/* All threads of all blocks arrive, then wait until all have; of what they wrote nothing is said. */
+FN_DEVICE void arrive_in_cluster(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
+FN_DEVICE void wait_for_cluster_arrivals(void) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
 }
 
 /* All threads of all blocks; what each wrote before is seen by all after. */
