@@ -98,7 +98,7 @@ typedef int64_t panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t be
 
 /* Elements [k, k + count) of rows [row, row + rows) to panels. */
 static void pack(const product *p, const operand *from, int64_t row, int64_t rows, int64_t k, int64_t count,
-                 panel_end *panel_end, float *to, float *gathered) {
+                 panel_end *end_of, float *to, float *gathered) {
     const char *data = from->data + row * from->row_stride + k * from->k_stride;
     int64_t stride = from->row_stride;
     fn_dtype dtype = from->dtype;
@@ -109,7 +109,7 @@ static void pack(const product *p, const operand *from, int64_t row, int64_t row
         dtype = FN_FLOAT32;
     }
     for (int64_t begin = 0, end; begin < rows; begin = end) {
-        end = panel_end(p->kernels, rows, begin);
+        end = end_of(p->kernels, rows, begin);
         p->kernels->pack(data + begin * stride, stride, dtype, end - begin, count,
                          to + begin * round_up(count, FN_MM_LANES));
     }
