@@ -3,7 +3,9 @@
 tests/data/tensor_core_h200.npz has encodings: `a_NAME` (m, k), `b_NAME` (n, k) and the fp32 `c_NAME` (m, n) = a @ b.T,
 one ascending chain of steps of 16 from +0. NAME is the dtype, how the operands were drawn, and k. "normal" is a normal
 distribution, "wide" one times 2^-12 to 2^12, "tiny" one times 2^-14 to 2^-7, so partly subnormal in fp16; "cancel" is
-2^-12, 2^-6, 1, 2^6 or 2^12 with three random bits behind the point, of either sign.
+2^-12, 2^-6, 1, 2^6 or 2^12 with three random bits behind the point, of either sign. "zeros" and "negative_zeros" have half
+and 90 % zeros, "infinite" some infinities and NaNs; "subnormal" is subnormal, "low" has subnormal results (in fp16: operands
+of about 2^-12), "high" overflows in bf16.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from fusednorm import _reference
 
 RECORDED = Path(__file__).resolve().parent / "data" / "tensor_core_h200.npz"
 FORMATS = ("bfloat16", "float16")  # numbered as `formats` of tensor_core.c
-KINDS = ("normal", "wide", "cancel", "tiny")
+KINDS = ("normal", "wide", "cancel", "tiny", "zeros", "negative_zeros", "infinite", "subnormal", "low", "high")
 
 pytestmark = pytest.mark.skipif(not build_c.have_compiler(), reason="no C compiler: set CC or install one")
 
@@ -80,7 +82,12 @@ def test_the_model_gives_the_bits_of_the_h200(dtype: str, kind: str) -> None:
 @pytest.mark.parametrize("fault", ["EXTRA_BITS=1", "EXTRA_BITS=3", "STEP=8", "STEP=32"])
 def test_the_recorded_outputs_tell_other_models_apart(fault: str) -> None:
     outputs = sum(array.size for name, array in recording().items() if name.startswith("c_"))
-    assert sum(1 for _ in differences("", [fault])) > outputs / 4
+    assert sum(1 for _ in differences("", [fault])) > outputs / 8
+
+
+@pytest.mark.parametrize("lowest", [-126, -131, -300])
+def test_the_recorded_outputs_show_the_lowest_alignment(lowest: int) -> None:
+    assert any(differences("bfloat16_", [f"LOWEST_EXPONENT=({lowest})"]))
 
 
 @pytest.mark.parametrize(

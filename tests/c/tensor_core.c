@@ -8,13 +8,12 @@
  *      behind the point; what lies below is cut off, towards zero.
  *   3. The sum of what is kept is exact, so the order of the terms is free.
  *   4. The sum is cut off to fp32's 24 bits, towards zero.
- * They do not show the following, which is written as published models of tensor cores have it:
- *   - a term that is zero has no say in the exponent; an exact zero is +0, whatever the signs of its terms;
- *   - a subnormal operand has the exponent of the smallest normal number, and no step aligns to an exponent below
- *     -126, fp32's smallest; a subnormal accumulator counts with its value, a subnormal result is cut off to 2^-149;
- *   - a result too large for fp32 is infinite, where rounding towards zero in IEEE 754 would give the largest number;
- *     products of bf16 beyond fp32's range cancel exactly if the sum fits;
- *   - 0 * infinity, infinities of both signs and NaNs make the NaN 0x7fffffff.
+ *   5. A term that is zero has no say in the exponent; an exact zero is +0, whatever the signs of its terms. A subnormal
+ *      operand has the exponent of the smallest normal number; a subnormal accumulator counts with its value, a subnormal
+ *      result is cut off to 2^-149. No step aligns to an exponent below -133 (any limit from there to -160 has the same bits).
+ *   6. A result too large for fp32 is infinite, where rounding towards zero in IEEE 754 would give the largest number;
+ *      products of bf16 beyond fp32's range cancel exactly if the sum fits.
+ *   7. 0 * infinity, infinities of both signs and NaNs make the NaN 0x7fffffff.
  */
 #include <stdbool.h>
 #include <stdint.h>
@@ -29,7 +28,9 @@
 #endif
 
 #define FRACTION_BITS (23 + EXTRA_BITS)
-#define LOWEST_EXPONENT (-126)
+#ifndef LOWEST_EXPONENT
+#define LOWEST_EXPONENT (-133)
+#endif
 #define FP32_INFINITY UINT32_C(0x7f800000)
 #define FP32_NAN UINT32_C(0x7fffffff)
 
