@@ -4,7 +4,7 @@ tests/data/tensor_core_h200.npz has encodings: `a_NAME` (m, k), `b_NAME` (n, k) 
 one ascending chain of steps of 16 from +0. NAME is the dtype, how the operands were drawn, and k. "normal" is a normal
 distribution, "wide" one times 2^-12 to 2^12, "tiny" one times 2^-14 to 2^-7, so partly subnormal in fp16; "cancel" is
 2^-12, 2^-6, 1, 2^6 or 2^12 with three random bits behind the point, of either sign. "zeros" and "negative_zeros" have
-half and 90 % zeros, "infinite" some infinities and NaNs; "subnormal" is subnormal, "low" has subnormal results (in fp16:
+half and 90 % zeros, "infinite" infinities and NaNs; "subnormal" is subnormal, "low" has subnormal results (in fp16:
 operands of about 2^-12), "high" overflows in bf16.
 """
 
