@@ -12,7 +12,7 @@ enum {
     FN_MM_STEP = 16,              /* k that a tensor core adds at once */
     FN_MM_TILE_K = 64,            /* k of a tile in shared memory: rows of 128 bytes */
     FN_MM_GATE_CHUNK = 256,       /* k of a chunk where N is at most FN_MM_GATE_COLUMNS; else K is one chunk */
-    FN_MM_GATE_COLUMNS = 512,     /* docs/numerics.md says what chose them. They decide bits: frozen with the first release */
+    FN_MM_GATE_COLUMNS = 512,     /* docs/numerics.md has why. They decide bits: frozen with the first release */
     FN_MM_TENSOR_MOST_BLOCKS = 8, /* of a cluster */
 };
 
