@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ SIZES = (64 << 10, 1 << 20, 8 << 20, 64 << 20)
 QUICK_SIZES = (64 << 10, 64 << 20)
 COLUMNS = (128, 4096, 7168)
 QUICK_COLUMNS = (4096,)
+METHOD = "contestants in turns within one process, medians over turns; ratios are taken within a turn"
 WITH_OUT, ALLOCATING = f"{BASE}, tensors", f"{BASE}, new tensors"
 
 
@@ -46,9 +47,31 @@ def measure(case: Case, peers: list[Peer], settings: Settings) -> dict[str, Cont
     operands = Operands(case)
     contestants = [peer.contestant(case, operands) for peer in peers]
     taking_part = [contestant for contestant in contestants if contestant]
+    return race_all(taking_part, settings, slow_ns=5e7, slow_rounds=3)
+
+
+def race_all(
+    contestants: list[Contestant], settings: Settings, slow_ns: float, slow_rounds: int
+) -> dict[str, Contestant]:
     rounds, sample_ns = (5, 1e6) if settings.quick else (15, 3e6)
-    race(taking_part, rounds, sample_ns, slow_ns=5e7, slow_rounds=3, pause_s=0.001)
-    return {contestant.name: contestant for contestant in taking_part}
+    race(contestants, rounds, sample_ns, slow_ns=slow_ns, slow_rounds=slow_rounds, pause_s=0.001)
+    return {contestant.name: contestant for contestant in contestants}
+
+
+def record_all(
+    report: Report, wanted: Sequence[Any], peers: list[Peer], do: Callable[[Any], dict[str, Any]], progress: Progress
+) -> None:
+    """Into `report`: what `do` makes of each case, with the number of threads that the case has."""
+    last: int | None = None
+    with _no_grad():
+        for done, case in enumerate(wanted):
+            progress(done, len(wanted), case.text())
+            if case.threads != last:
+                for peer in peers:
+                    peer.set_threads(case.threads)
+                last = case.threads
+            report.records.append(do(case))
+        progress(len(wanted), len(wanted), "")
 
 
 def run(peers: list[Peer], settings: Settings, head: dict[str, str], progress: Progress) -> Report:
@@ -57,20 +80,11 @@ def run(peers: list[Peer], settings: Settings, head: dict[str, str], progress: P
     head = {
         **head,
         "memory": f"{machine.keep_freed_memory()}; outputs and in-place operands are warm",
-        "method": "contestants in turns within one process, medians over turns; ratios are taken within a turn",
+        "method": METHOD,
     }
     report = Report("bandwidth", head)
-    wanted = cases(settings)
-    last: int | None = None
-    with _no_grad(), np.errstate(all="ignore"):
-        for done, case in enumerate(wanted):
-            progress(done, len(wanted), case.text())
-            if case.threads != last:
-                for peer in peers:
-                    peer.set_threads(case.threads)
-                last = case.threads
-            report.records.append(record(case, measure(case, peers, settings)))
-        progress(len(wanted), len(wanted), "")
+    with np.errstate(all="ignore"):
+        record_all(report, cases(settings), peers, lambda case: record(case, measure(case, peers, settings)), progress)
     runtimes = machine.openmp_runtimes()
     report.head["openmp"] = f"{', '.join(runtimes) or 'none'} in the process"
     report.notes = [

@@ -8,7 +8,7 @@ from typing import Any
 
 from .cases import OPERATIONS
 from .cuda_cases import CudaCase, between_cases
-from .cuda_entries import Budget, Entry, enter, race
+from .cuda_entries import Budget, Entry, enter, median, race
 from .cuda_graphs import Gpu
 from .cuda_peers import CudaPeer
 from .cuda_time import OURS, against, best_peer, measure_all, microseconds, names_in
@@ -75,9 +75,7 @@ def measure(case: CudaCase, peers: Sequence[CudaPeer], gpu: Gpu, budget: Budget,
 
 
 def _added(both: Sequence[float], alone: Sequence[float]) -> float:
-    differences = sorted(a - b for a, b in zip(both, alone))
-    middle = len(differences) // 2
-    return (differences[middle] + differences[~middle]) / 2 if differences else math.nan
+    return median([a - b for a, b in zip(both, alone)])
 
 
 def run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -76,6 +77,19 @@ def enter(case: CudaCase, peers: Sequence[CudaPeer], gpu: Gpu, budget: Budget) -
     truth = expected(case, sets[0])
     found = Entries(case, sets, count_of_calls(case.moved_bytes, len(sets)), truth)
     found.entries.append(Entry(COPY, [copy_calls(t.source, t.target) for t in sets]))
+    enter_peers(found, peers, gpu, budget)
+    return found
+
+
+def enter_peers(
+    found: Entries,
+    peers: Sequence[CudaPeer],
+    gpu: Gpu,
+    budget: Budget,
+    look: Callable[[CudaPeer], None] = lambda peer: None,
+) -> None:
+    """Into `found`, each as an entry or absent; `look` at what a peer that takes the case has just written."""
+    case, sets, truth = found.case, found.sets, found.truth
     for peer in peers:
         reason = peer.refuses(case) or budget.refuses(peer.name)
         if reason:
@@ -86,8 +100,10 @@ def enter(case: CudaCase, peers: Sequence[CudaPeer], gpu: Gpu, budget: Budget) -
         started = time.perf_counter()
         try:
             entry = _begin(peer, case, sets, gpu, truth)
+            if entry:
+                look(peer)
         except Exception as error:  # whatever a foreign kernel raises; one that breaks the device breaks the next call
-            found.absent[peer.name] = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+            found.absent[peer.name] = reason_of(error)
             gpu.synchronize()
             continue
         budget.began(peer.name, time.perf_counter() - started)
@@ -96,7 +112,10 @@ def enter(case: CudaCase, peers: Sequence[CudaPeer], gpu: Gpu, budget: Budget) -
         else:
             found.absent[peer.name] = "does not take it"
     truth.restore(sets[0])
-    return found
+
+
+def reason_of(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
 
 def _begin(peer: CudaPeer, case: CudaCase, sets: list[Tensors], gpu: Gpu, truth: Expected) -> Entry | None:
@@ -124,8 +143,7 @@ def race(found: Entries, chains: Sequence[tuple[Entry, Chain]], gpu: Gpu, rounds
         try:
             graph = gpu.capture(chain)
         except Exception as error:
-            reason = f"not captured: {type(error).__name__}: {error}".replace("\n", " ")[:200]
-            found.absent[entry.name] = reason
+            found.absent[entry.name] = f"not captured: {reason_of(error)}"
             if entry in found.entries:
                 found.entries.remove(entry)
             gpu.synchronize()
@@ -142,6 +160,8 @@ def race(found: Entries, chains: Sequence[tuple[Entry, Chain]], gpu: Gpu, rounds
 
 def share(base: Timed, other: Timed) -> float:
     """The median of the ratios of times within a turn."""
-    ratios = sorted(a / b for a, b in zip(base.times, other.times))
-    middle = len(ratios) // 2
-    return (ratios[middle] + ratios[~middle]) / 2 if ratios else math.nan
+    return median([a / b for a, b in zip(base.times, other.times)])
+
+
+def median(values: Sequence[float]) -> float:
+    return statistics.median(values) if values else math.nan

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .cuda_call import SAMPLE_NS
 from .cuda_cases import L2_TIMES
-from .cuda_entries import COPY, Budget, Entries, Entry, _begin, race
+from .cuda_entries import COPY, Budget, Entries, Entry, enter_peers, race, reason_of
 from .cuda_graphs import Chain, Gpu, Timed, copy_calls
 from .cuda_peers import CONSTANT
 from .cuda_product_cases import (
@@ -55,10 +54,6 @@ class Step:
         return self.name
 
 
-def reason_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
-
-
 def copy_bandwidth(gpu: Gpu, rounds: int = LONG_ROUNDS, size: int = COPY_BYTES) -> float:
     """Bytes a microsecond that a device copy reads and writes together."""
     import torch
@@ -77,29 +72,13 @@ def enter(
     truth: Any = expected(case, sets[0])
     product: Any = case
     found = ProductEntries(product, sets, case.count(len(sets)), truth)
-    row_bits = {}
-    for peer in peers:
-        reason = peer.refuses(case) or budget.refuses(peer.name)
-        if reason:
-            found.absent[peer.name] = reason
-            continue
-        truth.restore(sets[0])
-        gpu.synchronize()
-        started = time.perf_counter()
-        try:
-            entry = _begin(peer, product, sets, gpu, truth)
-            if entry and peer.ours:
-                row_bits[peer.name] = same_row(peer, case, sets[0])
-        except Exception as error:  # whatever a foreign kernel raises; one that breaks the device breaks the next call
-            found.absent[peer.name] = reason_of(error)
-            gpu.synchronize()
-            continue
-        budget.began(peer.name, time.perf_counter() - started)
-        if entry:
-            found.entries.append(entry)
-        else:
-            found.absent[peer.name] = "does not take it"
-    truth.restore(sets[0])
+    row_bits: dict[str, bool] = {}
+
+    def compare_row(peer: Multiplier) -> None:
+        if peer.ours:
+            row_bits[peer.name] = same_row(peer, case, sets[0])
+
+    enter_peers(found, peers, gpu, budget, compare_row)
     return found, row_bits
 
 

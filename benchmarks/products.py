@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .bandwidth import Settings, _no_grad
+from .bandwidth import METHOD, Settings, race_all, record_all
 from .peers import Peer
 from .product_cases import ProductCase, product_cases
 from .product_peers import OURS, OURS_ROUNDED, READ, TORCH, TORCH_FP32, ProductOperands
 from .progress import Progress
 from .report import Goal, Report, Table, figure, judge, size
-from .timing import Contestant, race, ratio
+from .timing import Contestant, ratio
 
 RATIOS = {  # key in JSON: (title, of whom, to whom)
     "times_torch": (f"x {TORCH}", OURS, TORCH),
@@ -22,22 +22,9 @@ GOAL_SHAPES = ((256, 7168), (4096, 4096))
 
 
 def run(peers: list[Peer], settings: Settings, head: dict[str, str], progress: Progress) -> Report:
-    head = {
-        **head,
-        "method": "contestants in turns within one process, medians over turns; ratios are taken within a turn",
-    }
-    report = Report("products", head)
+    report = Report("products", {**head, "method": METHOD})
     wanted = product_cases(settings.threads, settings.dtypes, settings.quick)
-    last: int | None = None
-    with _no_grad():
-        for done, case in enumerate(wanted):
-            progress(done, len(wanted), case.text())
-            if case.threads != last:
-                for peer in peers:
-                    peer.set_threads(case.threads)
-                last = case.threads
-            report.records.append(record(case, measure(case, peers, settings)))
-        progress(len(wanted), len(wanted), "")
+    record_all(report, wanted, peers, lambda case: record(case, measure(case, peers, settings)), progress)
     report.notes = [
         "a (M x K) times the transpose of a weight (N x K), which is read as it lies, into memory that is there.",
         f"{OURS}: ndarrays of the dtype shown, fp32 result; {OURS_ROUNDED}: 16-bit result. {TORCH}: operands and",
@@ -54,9 +41,7 @@ def measure(case: ProductCase, peers: list[Peer], settings: Settings) -> dict[st
     operands = ProductOperands(case)
     calls = {peer.name: peer.prepare(case, operands) for peer in peers if case.m == 1 or peer.name != READ}
     contestants = [Contestant(name, call.nanoseconds) for name, call in calls.items() if call]
-    rounds, sample_ns = (5, 1e6) if settings.quick else (15, 3e6)
-    race(contestants, rounds, sample_ns, slow_ns=3e8, slow_rounds=5, pause_s=0.001)
-    return {contestant.name: contestant for contestant in contestants}
+    return race_all(contestants, settings, slow_ns=3e8, slow_rounds=5)
 
 
 def record(case: ProductCase, results: dict[str, Contestant]) -> dict[str, Any]:

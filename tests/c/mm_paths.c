@@ -1,21 +1,13 @@
 /* mm_paths.c: fn_mm on every available CPU path against the contract written once more, output by output.
  *
- * All combinations of dtypes, with and without bias, K around lanes and chunks, N and M around tiles and blocks, strides of
- * every kind (rows or columns side by side, gaps, negative, zero, odd addresses), signed zeros, subnormals, infinities and
- * NaNs, one to four threads, a caller with another rounding mode and with flush-to-zero. What is compared is the whole memory of the output: results bit for bit (a NaN with any NaN),
- * the bytes around and between them unchanged.
+ * All combinations of dtypes, with and without bias, K around lanes and chunks, N and M around tiles and blocks,
+ * strides of every kind (rows or columns side by side, gaps, negative, zero, odd addresses), signed zeros, subnormals,
+ * infinities and NaNs, one to four threads, a caller with another rounding mode and with flush-to-zero. What is
+ * compared is the whole memory of the output: results bit for bit (a NaN with any NaN), the bytes around and between
+ * them unchanged.
  */
-#include "fp_modes.h"
 #include "mm_case.h"
-
-static fn_path paths[FN_PATH_COUNT];
-static int path_count;
-static int64_t elements, calls;
-static uint64_t seed;
-
-static void require_ok(fn_status status) {
-    if (status != FN_OK) CHECK_FAIL("status %d: %s", (int)status, fn_error_text());
-}
+#include "paths.h"
 
 static void compare(product_case *c, unsigned char *before, const char *path) {
     matrix *out = &c->arrays[OUT];
@@ -69,15 +61,6 @@ static void run_case(product_case *c, int most_threads) {
     free(before);
 }
 
-static void report(const char *what, double start) {
-    static int64_t reported_elements, reported_calls;
-    printf("mm_paths: %s: %lld calls, %lld elements, %.1f s\n", what, (long long)(calls - reported_calls),
-           (long long)(elements - reported_elements), check_seconds() - start);
-    fflush(stdout);
-    reported_elements = elements;
-    reported_calls = calls;
-}
-
 /* ---- the parts -------------------------------------------------------------------------------------------------------- */
 
 static void every_dtype_and_layout(int repeats, uint64_t *random) {
@@ -108,8 +91,8 @@ static void large_calls(bool sample, uint64_t *random) {
     const double start = check_seconds();
     static const struct {
         int64_t m, n, k;
-    } sizes[] = {{1, 300, 2100}, {4, 70, 5000},   {37, 67, 1500}, {258, 66, 1030},
-                 {300, 5, 2049}, {2, 1000, 1024}, {5, 129, 3000}};
+    } sizes[] = {{1, 300, 2100},  {4, 70, 5000},  {37, 67, 1500},   {258, 66, 1030}, {300, 5, 2049},
+                 {2, 1000, 1024}, {5, 129, 3000}, {40, 1100, 1030}, {40, 600, 1100}};
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
         for (int k = 0; k < (sample ? 1 : 12); k++) {
             if (sample && sizes[n].m * sizes[n].n * sizes[n].k > 4000000) continue;
@@ -137,16 +120,9 @@ static void empty_products(uint64_t *random) {
     report("M, N and K of 0", start);
 }
 
-/* The caller, and the threads that an OpenMP runtime keeps for it and gives to every library that asks. */
 static void other_environments(int repeats, uint64_t *random) {
     const double start = check_seconds();
-    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
-#if defined(_OPENMP)
-    enum { THREADS = 4 };
-#else
-    enum { THREADS = 1 };
-#endif
-    require_ok(fn_set_num_threads(THREADS));
+    require_ok(fn_set_num_threads(POOL_THREADS));
     for (int n = 0; n < repeats; n++) {
         const bool large = n % 64 == 0; /* enough for several threads */
         product_case c = {.m = large ? 70 : 1 + random_below(random, 5),
@@ -157,29 +133,15 @@ static void other_environments(int repeats, uint64_t *random) {
         for (int role = 0; role < ROLES; role++) c.layout[role] = (int)random_below(random, LAYOUTS);
         build_case(&c, (int)random_below(random, 27), random);
         unsigned char *before = prepare(&c);
-        const int mode = modes[large ? 1 + random_below(random, 3) : random_below(random, 4)];
+        const int mode = rounding_modes[large ? 1 + random_below(random, 3) : random_below(random, 4)];
         const bool flush_to_zero = random_below(random, 2);
         for (int p = 0; p < path_count; p++) {
             require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
             calls++;
-            uint64_t then[THREADS] = {0}, now[THREADS] = {0};
-            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
-            for (int thread = 0; thread < THREADS; thread++) {
-                set_environment(mode, flush_to_zero);
-                then[thread] = control_word();
-            }
+            enter_environment(mode, flush_to_zero);
             const fn_status status = fn_mm(&c.args);
-            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
-            for (int thread = 0; thread < THREADS; thread++) {
-                now[thread] = control_word();
-                set_environment(FE_TONEAREST, false);
-            }
+            leave_environment(fn_path_name(paths[p]));
             require_ok(status);
-            for (int thread = 0; thread < THREADS; thread++)
-                if (then[thread] != now[thread])
-                    CHECK_FAIL("%s: the control word of thread %d was %#llx before and is %#llx after the call",
-                               fn_path_name(paths[p]), thread, (unsigned long long)then[thread],
-                               (unsigned long long)now[thread]);
             compare(&c, before, fn_path_name(paths[p]));
         }
         free(before);
@@ -192,21 +154,13 @@ int main(int argc, char **argv) {
     const check_options options = check_parse(argc, argv, "fn_mm on every CPU path against the contract, bit for bit");
     const double start = check_seconds();
     uint64_t random = hash64(options.seed);
-    seed = options.seed;
     exact_prepare();
-    printf("mm_paths: paths");
-    for (int path = 0; path < FN_PATH_COUNT; path++) {
-        if (!fn_path_is_available((fn_path)path)) continue;
-        paths[path_count++] = (fn_path)path;
-        printf(" %s", fn_path_name((fn_path)path));
-    }
-    printf(", threading %s, seed %llu\n", fn_cpu_threading(), (unsigned long long)seed);
+    find_paths("mm_paths", options.seed);
 
     empty_products(&random);
     every_dtype_and_layout(options.sample ? 1 : 10, &random);
     large_calls(options.sample, &random);
     other_environments(options.sample ? 100 : 2000, &random);
-    printf("mm_paths: %lld calls, %lld elements on each path: all as the contract says, %.1f s\n", (long long)calls,
-           (long long)(elements / path_count), check_seconds() - start);
+    report_all(start);
     return 0;
 }

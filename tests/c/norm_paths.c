@@ -6,19 +6,9 @@
  */
 #define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
 #include "cpu/cpu.h"
-#include "fp_modes.h"
 #include "norm_check.h"
 #include "norm_reference.h"
-
-static fn_path paths[FN_PATH_COUNT];
-static int path_count;
-static int64_t elements; /* results compared, of all paths */
-static int64_t calls;
-static uint64_t seed;
-
-static void require_ok(fn_status status) {
-    if (status != FN_OK) CHECK_FAIL("status %d: %s", (int)status, fn_error_text());
-}
+#include "paths.h"
 
 static uint32_t encoding_at(const unsigned char *at, fn_dtype dtype) {
     uint32_t bits = 0;
@@ -99,15 +89,6 @@ static void run_on_path(norm_case *c, fn_path path) {
 
 static void run_on_all_paths(norm_case *c) {
     for (int p = 0; p < path_count; p++) run_on_path(c, paths[p]);
-}
-
-static void report(const char *what, double start) {
-    static int64_t reported_elements, reported_calls;
-    printf("norm_paths: %s: %lld calls, %lld elements, %.1f s\n", what, (long long)(calls - reported_calls),
-           (long long)(elements - reported_elements), check_seconds() - start);
-    fflush(stdout);
-    reported_elements = elements;
-    reported_calls = calls;
 }
 
 /* ---- the parts ------------------------------------------------------------------------------------------------------ */
@@ -244,16 +225,9 @@ static void large_calls(bool sample, uint64_t *random) {
     report("large calls, 1 to 4 threads", start);
 }
 
-/* The caller, and the threads that an OpenMP runtime keeps for it and gives to every library that asks. */
 static void other_environments(int repeats, uint64_t *random) {
     const double start = check_seconds();
-    static const int modes[] = {FE_TONEAREST, FE_UPWARD, FE_DOWNWARD, FE_TOWARDZERO};
-#if defined(_OPENMP)
-    enum { THREADS = 4 };
-#else
-    enum { THREADS = 1 };
-#endif
-    require_ok(fn_set_num_threads(THREADS));
+    require_ok(fn_set_num_threads(POOL_THREADS));
     for (int n = 0; n < repeats; n++) {
         norm_case c = {0};
         choose_dtypes(&c, random_below(random, DTYPE_COMBINATIONS));
@@ -266,30 +240,16 @@ static void other_environments(int repeats, uint64_t *random) {
         }
         build_case(&c, random);
         expect_case(&c);
-        const int mode = modes[random_below(random, 4)];
+        const int mode = rounding_modes[random_below(random, 4)];
         const bool flush_to_zero = random_below(random, 2) != 0;
         for (int p = 0; p < path_count; p++) {
             reset_memory(&c);
             require_ok(fn_cpu_force_path(fn_path_name(paths[p])));
             calls++;
-            uint64_t before[THREADS] = {0}, after[THREADS] = {0};
-            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
-            for (int thread = 0; thread < THREADS; thread++) {
-                set_environment(mode, flush_to_zero);
-                before[thread] = control_word();
-            }
+            enter_environment(mode, flush_to_zero);
             const fn_status status = fn_norm(&c.args);
-            OPENMP(omp parallel for schedule(static) num_threads(THREADS))
-            for (int thread = 0; thread < THREADS; thread++) {
-                after[thread] = control_word();
-                set_environment(FE_TONEAREST, false);
-            }
+            leave_environment(fn_path_name(paths[p]));
             require_ok(status);
-            for (int thread = 0; thread < THREADS; thread++)
-                if (before[thread] != after[thread])
-                    CHECK_FAIL("%s: the control word of thread %d was %#llx before and is %#llx after the call",
-                               fn_path_name(paths[p]), thread, (unsigned long long)before[thread],
-                               (unsigned long long)after[thread]);
             compare_case(&c, fn_path_name(paths[p]));
         }
         free_case(&c);
@@ -324,16 +284,9 @@ int main(int argc, char **argv) {
         check_parse(argc, argv, "fn_norm on every CPU path against the contract, bit for bit");
     const double start = check_seconds();
     uint64_t random = hash64(options.seed);
-    seed = options.seed;
     exact_prepare();
     prepare_arenas();
-    printf("norm_paths: paths");
-    for (int path = 0; path < FN_PATH_COUNT; path++) {
-        if (!fn_path_is_available((fn_path)path)) continue;
-        paths[path_count++] = (fn_path)path;
-        printf(" %s", fn_path_name((fn_path)path));
-    }
-    printf(", threading %s, seed %llu\n", fn_cpu_threading(), (unsigned long long)seed);
+    find_paths("norm_paths", options.seed);
 
     no_rows(&random);
     every_dtype_combination(options.sample ? 1 : 8, &random);
@@ -341,7 +294,6 @@ int main(int argc, char **argv) {
     other_environments(options.sample ? 100 : 2000, &random);
     kernels_in_parts(options.sample ? 200 : 2000, &random);
     large_calls(options.sample, &random);
-    printf("norm_paths: %lld calls, %lld elements on each path: all as the contract says, %.1f s\n", (long long)calls,
-           (long long)(elements / path_count), check_seconds() - start);
+    report_all(start);
     return 0;
 }
