@@ -7,6 +7,8 @@
 #include <cuda_runtime_api.h>
 #include <stdatomic.h>
 
+static inline int64_t fn_divide_up(int64_t size, int64_t part) { return size / part + (size % part != 0); }
+
 typedef struct {
     int multiprocessors;
     bool clusters; /* thread block clusters and programmatic dependent launch: compute capability 9.0 and newer, in the
@@ -32,11 +34,22 @@ typedef struct {
  * has it, unless FUSEDNORM_PDL=0. */
 fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch);
 
+enum { FN_CUDA_MOST_DEVICES = 64 };
+
 /* Bit d: device d. */
 typedef _Atomic uint64_t fn_cuda_devices;
 
+/* Of each device, and 1 more; 0 is not known yet. */
+typedef struct {
+    _Atomic int16_t of[FN_CUDA_MOST_DEVICES];
+} fn_cuda_counts;
+
 /* Lets a kernel have so much shared memory, on the device; `done`, one for each kernel, keeps on which devices it has. */
 fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes);
+
+/* How many clusters of the launch's kernel, threads and shared memory the device can hold at once; `known`, one for each such, keeps
+ * what was asked for before. */
+fn_status fn_cuda_clusters_at_once(fn_cuda_counts *known, const fn_cuda_launch *launch, int *clusters);
 
 /* Makes the device and its context current, for calls of the driver; `previous` is what fn_cuda_leave takes. */
 fn_status fn_cuda_enter(int32_t device, int *previous);

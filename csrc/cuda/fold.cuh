@@ -2,6 +2,7 @@
 #ifndef FUSEDNORM_FOLD_CUH
 #define FUSEDNORM_FOLD_CUH
 
+#include "cluster.cuh"
 #include "launch.h"
 #include "vector.cuh"
 
@@ -54,58 +55,27 @@ FN_DEVICE float fold8_with_neighbour(const float p[FN_GROUP]) {
 
 /* ---- a cluster ------------------------------------------------------------------------------------------------------------ */
 
-#if __CUDA_ARCH__ >= 900
-FN_DEVICE uint32_t shared_address(const void *pointer) { return (uint32_t)__cvta_generic_to_shared(pointer); }
-
-FN_DEVICE uint32_t block_in_cluster(void) {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
 /* Before the wait for the previous kernel, which hides it: no block goes on before the barriers of all blocks are there. Each
  * expects 8 sums from each block of the cluster; those that come before it says so are counted too. */
 template <int BLOCKS> FN_DEVICE void open_exchange(uint64_t *arrived) {
-    const uint32_t barrier = shared_address(arrived);
     if (threadIdx.x == 0) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier));
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fn_barrier_init(shared_at(arrived), 1);
+        fn_barrier_fence();
     }
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-    if (threadIdx.x == 0)
-        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                     "r"(BLOCKS * 8 * (int)sizeof(float))
-                     : "memory");
+    fn_cluster_arrive();
+    fn_cluster_wait();
+    if (threadIdx.x == 0) fn_barrier_expect(shared_at(arrived), BLOCKS * 8 * sizeof(float));
 }
 
 /* sums[rank * 8 + lane % 8] = v in every block of the cluster; by one warp, 8 lanes for a block. */
 template <int BLOCKS> FN_DEVICE void send_to_cluster(float *sums, uint64_t *arrived, uint32_t rank, int lane, float v) {
-    const uint32_t slot = shared_address(sums + rank * 8 + lane % 8), barrier = shared_address(arrived);
+    const uint32_t slot = shared_at(sums + rank * 8 + lane % 8), barrier = shared_at(arrived);
 #pragma unroll
     for (int first = 0; first < BLOCKS; first += FN_WARP / 8) {
         const int block = first + lane / 8;
-        uint32_t there, barrier_there;
-        if (block >= BLOCKS) continue;
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(slot), "r"(block));
-        asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier_there) : "r"(barrier), "r"(block));
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(there),
-                     "r"(__float_as_uint(v)), "r"(barrier_there)
-                     : "memory");
+        if (block < BLOCKS) fn_send(fn_address_in_block(slot, block), v, fn_address_in_block(barrier, block));
     }
 }
-
-/* No block leaves before it has all sums, so none writes to one that has gone. */
-FN_DEVICE void wait_for_cluster(const uint64_t *arrived) {
-    const uint32_t barrier = shared_address(arrived);
-    uint32_t done = 0;
-    while (!done)
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; "
-                     "selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(barrier)
-                     : "memory");
-}
-#endif
 
 /* v[i], for each of ROWS rows: from a thread's own sum to the row's total, in all threads of all blocks that share it. */
 template <int THREADS, int BLOCKS, int ROWS, bool PAIRED>
@@ -124,19 +94,18 @@ FN_DEVICE void fold_rows(float v[ROWS], uint32_t rank, float (*sums)[THREADS], f
                 v[i] = fold_lanes<FN_WARP, false>(fold_warps<THREADS / FN_WARP>(sums[i], lane));
         } else {
             static_assert(ROWS == 1, "a cluster exchanges the sums of one row");
-#if __CUDA_ARCH__ >= 900
             if (threadIdx.x < FN_WARP) {
                 v[0] = fold_warps<THREADS / FN_WARP>(sums[0], lane);
                 v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 16));
                 v[0] = fn_add(v[0], __shfl_xor_sync(0xffffffffu, v[0], 8));
                 send_to_cluster<BLOCKS>(received, arrived, rank, lane, v[0]);
             }
-            wait_for_cluster(arrived);
+            /* No block leaves before it has all sums, so none writes to one that has gone. */
+            fn_barrier_wait_for_cluster(shared_at(arrived), 0);
             float from[BLOCKS];
 #pragma unroll
             for (int block = 0; block < BLOCKS; block++) from[block] = received[block * 8 + lane % 8];
             v[0] = fold_lanes<8, false>(fold_own<BLOCKS>(from));
-#endif
         }
     }
 }

@@ -1,49 +1,13 @@
-/* hopper.cuh: what sm_90a has and C does not: barriers that count bytes, the tensor copy engine, clusters, warpgroup products.
+/* hopper.cuh: what sm_90a has and C does not, besides clusters: the tensor copy engine, warpgroup products.
  * Above each function stands what its PTX means.
  */
 #ifndef FUSEDNORM_HOPPER_CUH
 #define FUSEDNORM_HOPPER_CUH
 
-#include "copies.cuh"
+#include "cluster.cuh"
 #include "dependents.cuh"
 
 #include <cuda.h>
-
-/* ---- barriers in shared memory ------------------------------------------------------------------------------------------- */
-
-/* A phase ends after `arrivals` arrivals, and after the bytes that were announced. */
-FN_DEVICE void fn_barrier_init(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-
-/* The initialised barriers are visible to the other blocks of the cluster and to the copy engine. */
-FN_DEVICE void fn_barrier_fence(void) { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-
-/* Arrives, and announces bytes. */
-FN_DEVICE void fn_barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-FN_DEVICE void fn_barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-/* At the same place in block `rank` of the cluster. The scope is the block's: nothing is published but that the tensor core has
- * read its operands, and the cluster's scope would make it a fence of the whole GPU. */
-FN_DEVICE void fn_barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-}
-
-/* Until the phase of this parity is over. */
-FN_DEVICE void fn_barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
 
 /* ---- barriers of threads -------------------------------------------------------------------------------------------------- */
 
@@ -54,19 +18,6 @@ FN_DEVICE void fn_threads_wait(uint32_t barrier, uint32_t threads) {
 
 FN_DEVICE void fn_threads_pass(uint32_t barrier, uint32_t threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-/* ---- clusters ------------------------------------------------------------------------------------------------------------ */
-
-FN_DEVICE uint32_t fn_cluster_rank(void) {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-/* All threads of all blocks of the cluster. Orders nothing: what must be seen was fenced before. */
-FN_DEVICE void fn_cluster_sync(void) {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 /* ---- the copy engine ----------------------------------------------------------------------------------------------------- */

@@ -72,14 +72,6 @@ FN_DEVICE void fn_decode_produce(const fn_mm_decode_args &args, const fn_decode_
         }
 }
 
-template <int CLUSTER> FN_DEVICE void fn_decode_release(uint32_t barrier, int lane) {
-    if constexpr (CLUSTER > 1) {
-        if (lane < CLUSTER) fn_barrier_arrive_at(barrier, lane);
-    } else {
-        if (lane == 0) fn_barrier_arrive(barrier);
-    }
-}
-
 /* sums[4j + i]: weight row `row` + 8 * (i / 2), token `token` + 8j + i % 2. Eight lanes write neighbours. */
 template <int TOKENS, bool WIDE>
 FN_DEVICE void fn_decode_store(const fn_mm_out &to, const float *sums, uint32_t row, uint32_t in_tile, uint32_t rows,
@@ -128,12 +120,12 @@ FN_DEVICE void fn_decode_consume(const fn_mm_decode_args &args, const fn_decode_
             }
             fn_products_commit();
             fn_products_wait<1>();
-            if (step) fn_decode_release<CLUSTER>(at.drained + 8 * previous, lane);
+            if (step) fn_release<CLUSTER>(at.drained + 8 * previous, lane);
             previous = stage;
             if (++stage == args.stages) stage = 0, parity ^= 1;
         }
         fn_products_wait<0>();
-        fn_decode_release<CLUSTER>(at.drained + 8 * previous, lane);
+        fn_release<CLUSTER>(at.drained + 8 * previous, lane);
         fn_keep_sums<TOKENS / 2>(sums);
         const uint32_t in_tile = warp * 16 + lane / 4, token = unit % args.tiles_m * TOKENS + 2 * (lane % 4);
         const uint32_t row = (unit / args.tiles_m * CLUSTER + at.rank) * args.rows + in_tile;

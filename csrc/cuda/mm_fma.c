@@ -7,8 +7,6 @@
 
 enum { MOST_TILES = 1 << 15, PANEL = 16 }; /* tiles of a launch, along each side */
 
-static int64_t parts(int64_t size, int64_t part) { return size / part + (size % part != 0); }
-
 static bool is_multiple(uint64_t address_or_stride, int size) { return address_or_stride % (uint64_t)size == 0; }
 
 /* Rows along `dimension` of the matrix. */
@@ -43,7 +41,7 @@ static bool has_whole_groups(const fn_mm_fma_args *args) {
 static int64_t chunks_in_time(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks, int cluster_bits,
                               const fn_cuda_properties *device) {
     const int64_t at_once = (int64_t)device->multiprocessors * kernel->resident;
-    return parts(tiles << cluster_bits, at_once) * parts(chunks, (int64_t)1 << cluster_bits);
+    return fn_divide_up(tiles << cluster_bits, at_once) * fn_divide_up(chunks, (int64_t)1 << cluster_bits);
 }
 
 static int choose_cluster_bits(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks,
@@ -63,11 +61,11 @@ static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
 
 static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_cuda_properties *device,
                            fn_mm_fma_args *args) {
-    args->row_tiles = (uint32_t)parts(args->rows.rows, kernel->rows);
-    args->column_tiles = (uint32_t)parts(args->columns.rows, kernel->columns);
+    args->row_tiles = (uint32_t)fn_divide_up(args->rows.rows, kernel->rows);
+    args->column_tiles = (uint32_t)fn_divide_up(args->columns.rows, kernel->columns);
     args->panel = args->row_tiles < PANEL ? args->row_tiles : PANEL;
     const int64_t tiles = (int64_t)args->row_tiles * args->column_tiles;
-    args->cluster_bits = choose_cluster_bits(kernel, tiles, parts(plan->k, FN_MM_CHUNK), device);
+    args->cluster_bits = choose_cluster_bits(kernel, tiles, fn_divide_up(plan->k, FN_MM_CHUNK), device);
     set_steps(&args->rows, kernel->k, args->cluster_bits);
     set_steps(&args->columns, kernel->k, args->cluster_bits);
     const fn_cuda_launch launch = {.kernel = kernel->function,

@@ -14,28 +14,6 @@
 
 enum { PAIRS = 8 };
 
-/* ---- a cluster --------------------------------------------------------------------------------------------------- */
-
-FN_DEVICE void arrive_in_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-FN_DEVICE void wait_for_arrivals(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-FN_DEVICE void store_in_block(float *shared, int block, float v) {
-#if __CUDA_ARCH__ >= 900
-    uint32_t there;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_at(shared)), "r"(block));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(v) : "memory");
-#endif
-}
-
 /* ---- where a thread's outputs are -------------------------------------------------------------------------------- */
 
 /* OWN rows (or columns) in each of PLACES threads, NEIGHBOURS of them side by side. */
@@ -159,13 +137,14 @@ struct fn_mm_fma {
                             float (&total)[SUMS]) {
         const int blocks = 1 << a.cluster_bits, own = (SUMS + blocks - 1) >> a.cluster_bits, thread = threadIdx.x;
         const int64_t chunks = (a.k - round + FN_MM_CHUNK - 1) / FN_MM_CHUNK;
-        wait_for_arrivals(); /* all have started, and read what they were sent before */
+        fn_cluster_wait(); /* all have started, and read what they were sent before */
 #pragma unroll
         for (int e = 0; e < SUMS; e++)
             if (rank < chunks)
-                store_in_block(&shared.received[rank * own + (e >> a.cluster_bits)][thread], e & (blocks - 1), sum[e]);
-        arrive_in_cluster();
-        wait_for_arrivals();
+                fn_put_in_block(shared_at(&shared.received[rank * own + (e >> a.cluster_bits)][thread]), e & (blocks - 1),
+                                sum[e]);
+        fn_cluster_arrive();
+        fn_cluster_wait();
 #pragma unroll
         for (int i = 0; i < (SUMS + 1) / 2; i++) {
             if (i >= own) break;
@@ -173,7 +152,7 @@ struct fn_mm_fma {
             for (int block = round == 0; block < blocks && block < chunks; block++)
                 total[i] = fn_add(total[i], shared.received[block * own + i][thread]);
         }
-        if (chunks > blocks) arrive_in_cluster();
+        if (chunks > blocks) fn_cluster_arrive();
     }
 
     /* Adds the bias, rounds, writes. */
@@ -249,7 +228,7 @@ struct fn_mm_fma {
         };
         begin_chunk(0);
 
-        if (cluster > 1) arrive_in_cluster(); /* it has started: others may write here */
+        if (cluster > 1) fn_cluster_arrive(); /* it has started: others may write here */
         wait_for_previous();
         for (int64_t round = 0; round < a.k;) {
             wait_for_copies<STAGES - 2>();

@@ -6,7 +6,7 @@
 #ifndef FUSEDNORM_MM_FMA_CUH
 #define FUSEDNORM_MM_FMA_CUH
 
-#include "copies.cuh"
+#include "cluster.cuh"
 #include "dependents.cuh"
 #include "element.cuh"
 #include "launch.h"

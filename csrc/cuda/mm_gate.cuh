@@ -1,8 +1,9 @@
-/* mm_gate.cuh: products with few weights and few tokens, a warp for each chunk of k.
+/* mm_gate.cuh: products with few weights and few tokens, a block for each part of k, a warp for each chunk.
  *
  * All of a chunk is asked for at once: what limits such a product is how long the first bytes take, not how many they are.
- * Each warp of a cluster sends its chunk's sums to the blocks that own their tokens; when all are there, the owners add them
- * up in the order of the chunks. Moves: the weights once for each TOKENS tokens, the tokens once for each WEIGHTS weights, out once.
+ * A block adds up its chunks, in their order, and sends the part's sums to the blocks of the cluster that own their tokens;
+ * when all are there, the owners fold them. Moves: the weights once for each TOKENS tokens, the
+ * tokens once for each WEIGHTS weights, out once.
  */
 #ifndef FUSEDNORM_MM_GATE_CUH
 #define FUSEDNORM_MM_GATE_CUH
@@ -27,45 +28,37 @@ FN_DEVICE void add_tiles(float sums[WEIGHTS / 16][TOKENS / 8][4], uint32_t weigh
     }
 }
 
-/* Sums of a chunk go to the blocks that will add them up: token t to block t % owners, owners a power of two. By way of
- * `scratch`, so that what travels are whole groups of neighbours. */
-template <int WEIGHTS, int TOKENS>
-FN_DEVICE void send_sums(uint32_t kept, uint32_t scratch, int owner_bits, int tokens,
-                         const float sums[WEIGHTS / 16][TOKENS / 8][4]) {
-    constexpr int PITCH = fn_kept<WEIGHTS, TOKENS>::pitch, UNITS = WEIGHTS / 4;
-    __syncwarp(); /* all lanes have read the operands that lay there */
-    keep_sums<WEIGHTS, TOKENS>(scratch, PITCH, 0, 0, sums);
-    __syncwarp();
-#pragma unroll
-    for (int i = threadIdx.x % 32; i < TOKENS * UNITS; i += 32) {
-        const int token = i / UNITS, at = i % UNITS * 16;
-        if (token >= tokens) break;
-        const uint32_t there = kept + (token >> owner_bits) * PITCH + at;
-        store_in_cluster(address_in_cluster(there, token & ((1 << owner_bits) - 1)),
-                         load_floats(scratch + token * PITCH + at));
-    }
-}
-
-/* chunks_each warps. */
+/* A warp for each chunk of a part, a block for each part. */
 template <fn_dtype D, int WEIGHTS, int TOKENS>
-__global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_tensor_args a) {
-    constexpr int BYTES = fn_gate_bytes<WEIGHTS, TOKENS>::operands;
-    using KEPT = fn_kept<WEIGHTS, TOKENS>;
+__global__ void __launch_bounds__(32 * FN_MM_GATE_MOST_WARPS, 1) mm_gate(const __grid_constant__ fn_mm_tensor_args a) {
+    constexpr int BYTES = fn_gate_bytes<WEIGHTS, TOKENS>::operands, UNITS = WEIGHTS / 4;
+    constexpr int PITCH = fn_kept<WEIGHTS, TOKENS>::pitch;
     extern __shared__ __align__(128) char shared[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = rank_in_cluster();
-    const int owner_bits = 31 - __clz(a.cluster), chunk = rank * a.chunks_each + warp;
-    const uint32_t weights = shared_at(shared) + warp * BYTES, kept = shared_at(shared) + a.chunks_each * BYTES;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = (int)fn_cluster_rank();
+    const uint32_t operands = shared_at(shared), weights = operands + warp * BYTES;
     const uint32_t tokens = weights + FN_GATE_TILES * WEIGHTS * FN_TILE_ROW;
+    const uint32_t here = operands + blockDim.x / 32 * BYTES; /* the barrier of what is received */
+    const uint32_t received = here + FN_GATE_BARRIER_BYTES;   /* part by part, of each the tokens owned */
+    const int owner_bits = 31 - __clz(a.cluster), owners = 1 << owner_bits; /* token t is block t % owners' */
+    const int slot_bytes = fn_kept<WEIGHTS, TOKENS>::bytes >> owner_bits;
     const int64_t weight = (int64_t)(blockIdx.x / a.cluster) * WEIGHTS, token = (int64_t)blockIdx.y * TOKENS;
-    const int64_t k = (int64_t)chunk * FN_MM_GATE_CHUNK, left = a.tokens.rows - token;
-    const fn_tile_copy<true, WEIGHTS, 32> weights_from(a.weights, weight, a.k, lane);
-    const fn_tile_copy<true, TOKENS, 32> tokens_from(a.tokens, token, a.k, lane);
-    const bool inner = k + FN_MM_GATE_CHUNK <= a.k;
+    const int64_t part_k = part * a.cut.part_tiles * FN_MM_TILE_K, part_end = part_k + a.cut.part_tiles * FN_MM_TILE_K;
+    const int64_t k = part_k + warp * FN_MM_GATE_CHUNK, k_end = part_end < a.k ? part_end : a.k;
+    const int used = a.tokens.rows - token < TOKENS ? (int)(a.tokens.rows - token) : TOKENS;
+    const int owned = (used + owners - 1 - part) >> owner_bits; /* of the tokens, by this block */
+    const fn_tile_copy<true, WEIGHTS, 32> weights_from(a.weights, weight, k_end, lane);
+    const fn_tile_copy<true, TOKENS, 32> tokens_from(a.tokens, token, k_end, lane);
+    const bool inner = k + FN_MM_GATE_CHUNK <= k_end;
+    if (threadIdx.x == 0) {
+        fn_barrier_init(here, 1);
+        fn_barrier_fence();
+        if (part < owners) fn_barrier_expect(here, a.cut.parts * owned * WEIGHTS * (int)sizeof(float));
+    }
     if (a.early)
 #pragma unroll
         for (int tile = 0; tile < FN_GATE_TILES; tile++)
             weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
-    arrive_in_cluster(); /* a block is written to once it has begun */
+    fn_cluster_arrive_relaxed(); /* a block is written to once it has begun */
     wait_for_previous();
     if (inner) {
 #pragma unroll
@@ -85,24 +78,35 @@ __global__ void __launch_bounds__(128, 1) mm_gate(const __grid_constant__ fn_mm_
     let_dependents_start();
     float sums[WEIGHTS / 16][TOKENS / 8][4] = {};
     add_tiles<0, D, WEIGHTS, TOKENS>(sums, weights, tokens);
-    const int slot_bytes = KEPT::bytes >> owner_bits; /* of a chunk, in each owner */
-    wait_for_cluster_arrivals();
-    if (chunk < a.chunks)
-        send_sums<WEIGHTS, TOKENS>(kept + chunk * slot_bytes, weights, owner_bits, left < TOKENS ? (int)left : TOKENS,
-                                   sums);
-    meet_cluster();
-    if (rank < 1 << owner_bits) {
-        const int slots = TOKENS >> owner_bits;
+    __syncwarp(); /* all lanes have read the operands that lay there */
+    keep_sums<WEIGHTS, TOKENS>(weights, PITCH, 0, 0, sums);
+    __syncthreads();
+    fn_cluster_wait();
+    const int chunks = (int)((k_end - part_k + FN_MM_GATE_CHUNK - 1) / FN_MM_GATE_CHUNK);
 #pragma unroll 1
-        for (int i = threadIdx.x; i < slots * (WEIGHTS / 4); i += blockDim.x) {
-            const int slot = i / (WEIGHTS / 4), w = i % (WEIGHTS / 4) * 4, t = slot << owner_bits | rank;
-            if (t >= left || weight + w >= a.weights.rows) continue;
-            const uint32_t at = kept + slot * KEPT::pitch + w * 4;
-            float4 total = load_floats(at);
-#pragma unroll 8
-            for (int c = 1; c < a.chunks; c++) total = add_floats(total, load_floats(at + c * slot_bytes));
-            store_sums(a, total, weight + w, token + t);
-        }
+    for (int i = threadIdx.x; i < used * UNITS; i += blockDim.x) {
+        const int t = i / UNITS, at = i % UNITS * 16;
+        const uint32_t from = operands + t * PITCH + at, owner = (uint32_t)(t & (owners - 1));
+        float4 sum = load_floats(from);
+#pragma unroll
+        for (int chunk = 1; chunk < FN_MM_GATE_MOST_WARPS; chunk++)
+            if (chunk < chunks) sum = add_floats(sum, load_floats(from + chunk * BYTES));
+        fn_send4(fn_address_in_block(received + part * slot_bytes + (t >> owner_bits) * PITCH + at, owner), sum,
+                 fn_address_in_block(here, owner));
+    }
+    if (part >= owners) return;
+    fn_barrier_wait_for_cluster(here, 0); /* no block leaves before it has all sums, so none writes to one that has gone */
+#pragma unroll 1
+    for (int i = threadIdx.x; i < owned * UNITS; i += blockDim.x) {
+        const int slot = i / UNITS, w = i % UNITS * 4;
+        if (weight + w >= a.weights.rows) continue;
+        const uint32_t at = received + slot * PITCH + w * 4;
+        float4 sum[FN_MM_GATE_PARTS];
+#pragma unroll
+        for (int p = 0; p < FN_MM_GATE_PARTS; p++)
+            sum[p] = p < a.cut.parts ? load_floats(at + p * slot_bytes) : make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
+        const float4 total = fold_parts<FN_MM_GATE_PARTS>(sum);
+        store_sums(a, total, weight + w, token + (slot << owner_bits | part));
     }
 }
 

@@ -41,7 +41,8 @@ typedef struct {
 typedef struct {
     CUtensorMap a, b, out;
     fn_mm_out to;
-    uint32_t k_blocks; /* of FN_MM_TILE_K columns */
+    uint32_t k_blocks;    /* of FN_MM_TILE_K columns */
+    uint32_t part_blocks; /* of these, in a part */
     uint32_t units, units_n, units_m;
     uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
 } fn_mm_prefill_args;
@@ -57,6 +58,14 @@ typedef struct {
     uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_decode_args;
 
+/* Of mm_split.cuh. */
+typedef struct {
+    CUtensorMap a, b;
+    fn_mm_out to;
+    uint32_t k_blocks, part_blocks, tiles_m;
+    uint32_t early; /* the weight may be read before the preceding kernel has finished */
+} fn_mm_split_args;
+
 typedef struct {
     const void *function;
     int unit_m, unit_n, a_box, b_box, shared_bytes, cluster; /* a box: rows that are loaded at once */
@@ -67,11 +76,17 @@ typedef struct {
     int tokens, cluster;
 } fn_mm_decode_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5 };
+typedef struct {
+    const void *function;
+    int tokens, weights, threads, cluster, resident, shared_bytes;
+} fn_mm_split_kernel;
+
+enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 9 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
-    fn_mm_prefill_kernel prefill, gate;               /* K in one chunk; in chunks */
+    fn_mm_prefill_kernel prefill, parts;           /* K in one chunk; in parts and chunks */
+    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
 /* mm_hopper_bf16_sm90a.cu, mm_hopper_f16_sm90a.cu; in builds for compute capability 9.0 */
@@ -79,10 +94,10 @@ extern const fn_mm_hopper_kernels fn_mm_hopper_bf16, fn_mm_hopper_f16;
 
 #ifndef __cplusplus /* the host half, which is C */
 
-/* Whether these kernels can take the product, and should; `chunked`: K in chunks of FN_MM_GATE_CHUNK. Both operands have the
- * same 16-bit dtype; m, n > 0. False in builds without compute capability 9.0. */
-bool fn_mm_hopper_serves(const fn_mm_plan *plan, bool chunked, const fn_cuda_properties *device);
-fn_status fn_mm_run_hopper(const fn_mm_plan *plan, bool chunked, const fn_cuda_properties *device);
+/* Whether these kernels can take the product, and should. Both operands have the same 16-bit dtype; m, n > 0. False in builds
+ * without compute capability 9.0. */
+bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
+fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
 
 /* Loads the kernels on the current device, whose compute capability is 9.0. */
 fn_status fn_mm_hopper_warmup(void);

@@ -1,6 +1,6 @@
 /* mm_tensor.c: a product of two operands of the same 16-bit dtype becomes launches: how K is cut, which kernel, which grid.
  *
- * How K is cut into chunks decides bits and follows from N and K alone. All else moves speed alone.
+ * How K is cut decides bits and follows from N and K alone. All else moves speed alone.
  */
 #include "mm_tensor.h"
 
@@ -8,12 +8,18 @@
 #include "mm_hopper.h"
 
 enum {
-    GATE_TOKENS = 128,    /* rows of a, up to which a warp takes a chunk */
-    MOST_CHUNKS_EACH = 4, /* of a block of a gate kernel */
+    GATE_TOKENS = 128, /* rows of a, up to which a warp takes a chunk */
     MOST_OUTER_BLOCKS = 65535,
 };
 
-static int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
+/* ---- the contract: how K is cut ------------------------------------------------------------------------------------------ */
+
+fn_mm_cut fn_mm_cut_of(int64_t n, int64_t k) {
+    const int64_t tiles = fn_divide_up(k, FN_MM_TILE_K), chunk = FN_MM_GATE_CHUNK / FN_MM_TILE_K;
+    if (n > FN_MM_GATE_COLUMNS || tiles <= chunk) return (fn_mm_cut){tiles, tiles, 1};
+    const int64_t even = fn_divide_up(tiles, FN_MM_GATE_PARTS), part = even < chunk ? chunk : even;
+    return (fn_mm_cut){part, chunk, (int32_t)fn_divide_up(tiles, part)};
+}
 
 /* ---- shared memory ------------------------------------------------------------------------------------------------------ */
 
@@ -32,22 +38,22 @@ static fn_status allow(const fn_mm_tensor_kernels *table, const fn_mm_tensor_ker
 
 typedef struct {
     const fn_mm_tensor_kernel *kernel;
-    int cluster, chunks_each, threads, shared_bytes;
+    int cluster, parts_each, threads, shared_bytes;
 } layout;
 
-/* A warp for each chunk, a cluster for all. */
-static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, int64_t chunks,
+/* A warp for each chunk, a block for each part. */
+static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
                         const fn_cuda_properties *device, layout *found) {
-    if (!device->clusters || plan->m > GATE_TOKENS || chunks > FN_MM_TENSOR_MOST_BLOCKS * MOST_CHUNKS_EACH)
-        return false;
-    const int each = (int)divided(chunks, FN_MM_TENSOR_MOST_BLOCKS);
+    const int64_t warps = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
+    if (!device->clusters || plan->m > GATE_TOKENS || warps > FN_MM_GATE_MOST_WARPS) return false;
+    const int owner_bits = 31 - __builtin_clz((unsigned)cut->parts);
     found->kernel = NULL;
     for (int i = 0; i < FN_MM_GATE_KERNELS; i++) {
         const fn_mm_tensor_kernel *kernel = &table->gate[i];
-        const int cluster = (int)divided(chunks, each), owner_bits = 31 - __builtin_clz((unsigned)cluster);
-        const int bytes = each * kernel->shared_bytes + (int)chunks * (kernel->sums_bytes >> owner_bits);
+        const int bytes = (int)warps * kernel->shared_bytes + FN_GATE_BARRIER_BYTES +
+                          cut->parts * (kernel->sums_bytes >> owner_bits);
         if (bytes > device->shared_bytes) break;
-        *found = (layout){kernel, cluster, each, 32 * each, bytes};
+        *found = (layout){kernel, cut->parts, 1, 32 * (int)warps, bytes};
         if (kernel->tokens >= plan->m) break;
     }
     return found->kernel != NULL;
@@ -67,27 +73,25 @@ static const fn_mm_tensor_kernel *find_tile(const fn_mm_tensor_kernels *table, b
 }
 
 static int64_t blocks_of(const fn_mm_tensor_kernel *kernel, const fn_mm_plan *plan) {
-    return divided(plan->n, kernel->weights) * divided(plan->m, kernel->tokens);
+    return fn_divide_up(plan->n, kernel->weights) * fn_divide_up(plan->m, kernel->tokens);
 }
 
-static void tile_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, bool chunked, bool whole,
-                        int64_t chunks, const fn_cuda_properties *device, layout *found) {
+static void tile_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut, bool whole,
+                        const fn_cuda_properties *device, layout *found) {
+    const bool chunked = cut->parts > 1;
     const fn_mm_tensor_kernel *kernel = find_tile(table, chunked, whole, plan->m, device);
     /* Larger tiles read less, but leave multiprocessors idle when they are few. */
     while (kernel->tokens > 64 && blocks_of(kernel, plan) < device->multiprocessors * 3 / 4)
         kernel = find_tile(table, chunked, whole, kernel->tokens / 2, device);
-    *found = (layout){kernel, 1, (int)chunks, kernel->threads, kernel->shared_bytes};
+    *found = (layout){kernel, 1, cut->parts, kernel->threads, kernel->shared_bytes};
     if (!chunked || !device->clusters) return;
     int64_t cluster = device->multiprocessors / blocks_of(kernel, plan);
-    if (cluster > FN_MM_TENSOR_MOST_BLOCKS) cluster = FN_MM_TENSOR_MOST_BLOCKS;
-    if (cluster > chunks) cluster = chunks;
+    if (cluster > cut->parts) cluster = cut->parts;
     if (cluster < 2) return;
-    const int64_t room = (device->shared_bytes - kernel->shared_bytes) / kernel->sums_bytes;
-    int64_t each = divided(chunks, cluster);
-    if (each > room) each = room;
-    if (each < 1 || divided(chunks, each) < 2 || divided(chunks, each) > FN_MM_TENSOR_MOST_BLOCKS) return;
-    const int64_t bytes = kernel->shared_bytes + each * kernel->sums_bytes;
-    *found = (layout){kernel, (int)divided(chunks, each), (int)each, kernel->threads, (int)bytes};
+    const int64_t each = fn_divide_up(cut->parts, cluster), more = each > 2 ? each - 2 : 0;
+    const int64_t bytes = kernel->shared_bytes + more * kernel->sums_bytes;
+    if (bytes > device->shared_bytes) return;
+    *found = (layout){kernel, (int)fn_divide_up(cut->parts, each), (int)each, kernel->threads, (int)bytes};
 }
 
 /* ---- operands ----------------------------------------------------------------------------------------------------------- */
@@ -113,13 +117,11 @@ static const char name[] = "CUDA product kernel";
 
 fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     const fn_mm_tensor_kernels *table = plan->a.dtype == FN_FLOAT16 ? &fn_mm_f16 : &fn_mm_bf16;
-    const bool chunked = plan->n <= FN_MM_GATE_COLUMNS && plan->k > FN_MM_GATE_CHUNK;
-    const int64_t tiles = divided(plan->k, FN_MM_TILE_K);
+    const fn_mm_cut cut = fn_mm_cut_of(plan->n, plan->k);
     fn_mm_tensor_args args = {.tokens = side_of(&plan->a, 0, plan->m),
                               .weights = side_of(&plan->b, 1, plan->n),
                               .k = plan->k,
-                              .chunk_tiles = chunked ? FN_MM_GATE_CHUNK / FN_MM_TILE_K : tiles,
-                              .chunks = (int32_t)(chunked ? divided(plan->k, FN_MM_GATE_CHUNK) : 1),
+                              .cut = cut,
                               .early = plan->weights_are_constant,
                               .out = plan->out.data,
                               .bias = plan->bias.data,
@@ -132,14 +134,14 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     const bool whole = args.tokens.whole && args.weights.whole;
     fn_cuda_properties device;
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
-    if (fn_mm_hopper_serves(plan, chunked, &device)) return fn_mm_run_hopper(plan, chunked, &device);
+    if (fn_mm_hopper_serves(plan, &cut, &device)) return fn_mm_run_hopper(plan, &cut, &device);
     layout chosen;
-    if (!chunked || !whole || !gate_layout(table, plan, args.chunks, &device, &chosen))
-        tile_layout(table, plan, chunked, whole, args.chunks, &device, &chosen);
+    if (cut.parts == 1 || !whole || !gate_layout(table, plan, &cut, &device, &chosen))
+        tile_layout(table, plan, &cut, whole, &device, &chosen);
     args.cluster = chosen.cluster;
-    args.chunks_each = chosen.chunks_each;
+    args.parts_each = chosen.parts_each;
     FN_TRY(allow(table, chosen.kernel, plan->device_id, device.shared_bytes));
-    const int64_t columns_of_blocks = divided(plan->n, chosen.kernel->weights) * chosen.cluster;
+    const int64_t columns_of_blocks = fn_divide_up(plan->n, chosen.kernel->weights) * chosen.cluster;
     FN_REQUIRE(columns_of_blocks <= INT32_MAX, FN_ERROR_VALUE, "mm_dtype: b has too many columns for one launch");
     fn_cuda_launch launch = {.kernel = chosen.kernel->function,
                              .args = &args,
@@ -155,7 +157,7 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
         args.tokens.data = plan->a.data + row * plan->a.stride[0];
         args.tokens.rows = rows;
         args.out = plan->out.data + row * plan->out.stride[0];
-        launch.outer_blocks = (unsigned)divided(rows, chosen.kernel->tokens);
+        launch.outer_blocks = (unsigned)fn_divide_up(rows, chosen.kernel->tokens);
         FN_TRY(fn_cuda_run(name, &launch));
     }
     return FN_OK;

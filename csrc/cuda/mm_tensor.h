@@ -9,12 +9,21 @@ extern "C" {
 #endif
 
 enum {
-    FN_MM_STEP = 16,              /* k that a tensor core adds at once */
-    FN_MM_TILE_K = 64,            /* k of a tile in shared memory: rows of 128 bytes */
-    FN_MM_GATE_CHUNK = 256,       /* k of a chunk where N is at most FN_MM_GATE_COLUMNS; else K is one chunk */
-    FN_MM_GATE_COLUMNS = 512,     /* docs/numerics.md has why. They decide bits: frozen with the first release */
-    FN_MM_TENSOR_MOST_BLOCKS = 8, /* of a cluster */
+    FN_MM_STEP = 16,          /* k that a tensor core adds at once */
+    FN_MM_TILE_K = 64,        /* k of a tile in shared memory: rows of 128 bytes */
+    FN_MM_GATE_COLUMNS = 512, /* N up to which K is cut into parts and these into chunks; else it is one chunk */
+    FN_MM_GATE_CHUNK = 256,   /* docs/numerics.md has why. These four decide bits: frozen with the first release */
+    FN_MM_GATE_PARTS = 8,     /* at most, and no more blocks in a cluster */
+    FN_MM_GATE_MOST_WARPS = 4, /* of mm_gate.cuh: chunks in a part */
+    FN_GATE_BARRIER_BYTES = 16,
 };
+
+/* How K is cut, in tiles of FN_MM_TILE_K: at multiples of part_tiles, and from there on at multiples of chunk_tiles. A part's sum
+ * is its chunks', ascending; a half's is that of the parts 0 to 3, or 4 to 7, ascending; the total is the two halves'. */
+typedef struct {
+    int64_t part_tiles, chunk_tiles;
+    int32_t parts; /* at least 1 */
+} fn_mm_cut;
 
 /* a, or b transposed: `rows` rows along k. */
 typedef struct {
@@ -28,9 +37,8 @@ typedef struct {
 typedef struct {
     fn_mm_tensor_side tokens, weights;
     int64_t k;
-    int64_t chunk_tiles; /* tiles of FN_MM_TILE_K in a chunk */
-    int32_t chunks;      /* at least 1 */
-    int32_t chunks_each; /* of a block of the cluster */
+    fn_mm_cut cut;
+    int32_t parts_each; /* of a block of the cluster */
     int32_t cluster;
     bool early; /* the weights may be read before the preceding kernel has finished */
     char *out;
@@ -44,17 +52,20 @@ typedef struct {
 typedef struct {
     const void *function;
     int weights, tokens, threads;
-    int shared_bytes; /* without the sums that a cluster exchanges */
-    int sums_bytes;   /* of these, for each chunk */
-    bool chunked;     /* serves K in chunks; else in one */
+    int shared_bytes; /* tile: with sums for 2 parts; gate: of a warp, without sums */
+    int sums_bytes;   /* of a part */
+    bool chunked;     /* serves K in parts and chunks; else in one */
     bool whole;       /* for operands that are; else for any */
 } fn_mm_tensor_kernel;
+
+/* N and K decide it, and nothing else. */
+fn_mm_cut fn_mm_cut_of(int64_t n, int64_t k);
 
 enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 4 };
 
 typedef struct {
     fn_mm_tensor_kernel tile[FN_MM_TILE_KERNELS];
-    fn_mm_tensor_kernel gate[FN_MM_GATE_KERNELS]; /* for a warp a chunk */
+    fn_mm_tensor_kernel gate[FN_MM_GATE_KERNELS]; /* a warp a chunk */
 } fn_mm_tensor_kernels;
 
 /* mm_bf16.cu, mm_f16.cu */

@@ -1,12 +1,12 @@
 /* mm_wgmma.cuh: products of many rows, on compute capability 9.0.
  *
- * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums; CHUNKED:
- * one chain for each FN_MM_GATE_CHUNK columns, which are added in ascending order, starting at the first. Then + bias; then
- * one rounding. No block splits K, so no bit depends on the tile. Here `a` is the tokens, b the weights: N rows along k.
+ * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums; or, where
+ * K is cut, what mm_parts.cuh makes of such chains. Then + bias; then one rounding. No block splits K, so no bit depends on the
+ * tile. Here `a` is the tokens, b the weights: N rows along k.
  *
  * A block is three warpgroups: one thread of the first keeps a ring of stages filled (64 columns of a's rows and of b's rows,
- * by the copy engine), two consume them. Together, on one tile, half of its rows each; or in turns (TURNS), on a tile each, so
- * that one multiplies while the other writes. The blocks are persistent: the ring runs on into the next tile.
+ * by the copy engine), two consume them. Together, on one tile, half of its rows each; or in turns, on a tile each, so that one
+ * multiplies while the other writes. The blocks are persistent: the ring runs on into the next tile.
  * The blocks of a cluster lie side by side and share the rows of b (SHARE_B), or of a: each loads a part, for all of them.
  *
  * A sum's way out: registers, 16 rows of 128 bytes of shared memory that belong to the warp, the copy engine.
@@ -14,27 +14,25 @@
 #ifndef FUSEDNORM_MM_WGMMA_CUH
 #define FUSEDNORM_MM_WGMMA_CUH
 
-#include "hopper.cuh"
-#include "mm_hopper.h"
-#include "mm_store.cuh"
+#include "mm_parts.cuh"
 
-enum { FN_CHUNK_BLOCKS = FN_MM_GATE_CHUNK / FN_MM_TILE_K };
-static_assert(FN_MM_GATE_CHUNK % FN_MM_TILE_K == 0, "");
-
-/* A consumer's sums are 64 * BLOCKS_M x BN. */
-template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_, bool TURNS_, bool CHUNKED_>
-struct fn_mm_shape {
+/* A consumer's sums are 64 * BLOCKS_M x BN. IN_PARTS: K is cut; the consumers work together. Else it is not; they work in turns. */
+template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_, bool IN_PARTS_> struct fn_mm_shape {
     static constexpr int MB = BLOCKS_M, BN = BN_, STAGES = STAGES_, BUFFERS = BUFFERS_, CLUSTER = CLUSTER_;
-    static constexpr bool SHARE_B = SHARE_B_, TURNS = TURNS_, CHUNKED = CHUNKED_;
+    static constexpr bool SHARE_B = SHARE_B_, IN_PARTS = IN_PARTS_, TURNS = !IN_PARTS;
+    static constexpr int GROUPS = 2, SHARERS = CLUSTER;
     static constexpr int BM = 64 * MB * (TURNS ? 1 : 2);
     static constexpr int A_BYTES = BM * FN_ATOM_BYTES, B_BYTES = BN * FN_ATOM_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
     static constexpr int A_BOX = SHARE_B ? BM : BM / CLUSTER,
                          B_BOX = SHARE_B ? BN / CLUSTER : BN; /* rows of one load */
     static constexpr int UNIT_M = SHARE_B ? BM * CLUSTER : BM, UNIT_N = SHARE_B ? BN : BN * CLUSTER;
-    static constexpr int STAGING = STAGES * STAGE_BYTES, BARRIERS = STAGING + 8 * BUFFERS * FN_STAGING_BYTES;
+    static constexpr int WARP_WAITING = BN / 8 * 32 * (int)sizeof(float4); /* a half's sums, of a warp */
+    static constexpr int STAGING = STAGES * STAGE_BYTES;
+    static constexpr int BARRIERS = STAGING + 8 * (IN_PARTS ? WARP_WAITING : BUFFERS * FN_STAGING_BYTES);
     static constexpr int SHARED = BARRIERS + 2 * STAGES * 8 + FN_SHARED_ALIGNMENT;
     static constexpr int RELEASES = CLUSTER * (TURNS ? 4 : 8); /* warps that must be done with a stage */
     static_assert(A_BOX <= 256 && B_BOX <= 256 && A_BOX % 8 == 0 && B_BOX % 8 == 0 && SHARED <= 232448, "");
+    static_assert(!IN_PARTS || (MB == 1 && BUFFERS * FN_STAGING_BYTES <= WARP_WAITING), "");
 };
 
 /* Which rows of a and of b a unit's tile in this block has. Units follow each other along b within a group of a's rows. */
@@ -80,79 +78,93 @@ FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint
         }
 }
 
-/* The stage is free, says this warp to all blocks that write to it. */
-template <typename S> FN_DEVICE void fn_mm_release(uint32_t barrier, int lane) {
-    if constexpr (S::CLUSTER > 1) {
-        if (lane < S::CLUSTER) fn_barrier_arrive_at(barrier, lane);
-    } else {
-        if (lane == 0) fn_barrier_arrive(barrier);
-    }
+/* 64 rows of sums, those of a warp from `row` on. */
+template <typename S>
+FN_DEVICE void fn_mm_write(const fn_mm_prefill_args &args, float sums[S::BN / 2], int row, int column,
+                           fn_staging *staging, int lane) {
+    fn_keep_sums<S::BN / 2>(sums);
+    if (args.to.dtype == FN_FLOAT32)
+        fn_store_sums<S::BN, S::BUFFERS, true>(&args.out, args.to, sums, row, column, staging, lane);
+    else fn_store_sums<S::BN, S::BUFFERS, false>(&args.out, args.to, sums, row, column, staging, lane);
 }
 
-/* total = sum of the first chunk, or total + sum. */
-template <int COUNT> FN_DEVICE void fn_add_chunk(float totals[COUNT], float sums[COUNT], bool first) {
-    fn_keep_sums<COUNT>(sums);
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) totals[i] = first ? sums[i] : fn_add(totals[i], sums[i]);
-}
-
+/* The consumers in turns. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_mm_consume(const fn_mm_prefill_args &args, uint32_t ring, uint32_t filled, uint32_t drained,
                              uint32_t rank, uint32_t cluster, uint32_t clusters, int group, int warp) {
     const int lane = threadIdx.x % 32;
-    const uint64_t a_tile = fn_tile(ring + (S::TURNS ? 0 : group * 64 * S::MB * FN_ATOM_BYTES));
-    const uint64_t b_tile = fn_tile(ring + S::A_BYTES);
+    const uint64_t a_tile = fn_tile(ring), b_tile = fn_tile(ring + S::A_BYTES);
     fn_staging staging = {ring + S::STAGING + (group * 4 + warp) * S::BUFFERS * FN_STAGING_BYTES, 0};
     uint32_t turn = 0;
     for (uint32_t unit = cluster; unit < args.units; unit += clusters, turn++) {
-        if (S::TURNS && (turn & 1) != (uint32_t)group) continue;
-        /* In turns: not before the other consumer has seen all of its stages filled. A barrier tells only a phase from the one
-         * before it, so whoever came earlier would take an earlier round of the ring for its own. */
-        if (S::TURNS && turn) fn_threads_wait(1 + group, 2 * FN_WARPGROUP);
+        if ((turn & 1) != (uint32_t)group) continue;
+        /* Not before the other consumer has seen all of its stages filled. A barrier tells only a phase from the one before it,
+         * so whoever came earlier would take an earlier round of the ring for its own. */
+        if (turn) fn_threads_wait(1 + group, 2 * FN_WARPGROUP);
         const uint32_t before = turn * args.k_blocks;
         uint32_t stage = before % S::STAGES, parity = before / S::STAGES & 1, previous = 0;
-        uint32_t in_chunk = 0;
-        float sums[S::MB][S::BN / 2], totals[S::MB][S::BN / 2];
+        float sums[S::MB][S::BN / 2];
         for (uint32_t block = 0; block < args.k_blocks; block++) {
             fn_barrier_wait(filled + 8 * stage, parity);
             const uint64_t a = a_tile + stage * (S::STAGE_BYTES >> 4), b = b_tile + stage * (S::STAGE_BYTES >> 4);
-            const uint32_t before_k = S::CHUNKED ? in_chunk : block; /* 0: the sums start anew */
             fn_products_begin();
 #pragma unroll
             for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
 #pragma unroll
                 for (int m = 0; m < S::MB; m++)
                     fn_product<IN, S::BN>(sums[m], a + 2 * k + m * (64 * FN_ATOM_BYTES >> 4), b + 2 * k,
-                                          k ? 1 : before_k);
+                                          k ? 1 : block); /* 0: the sums start anew */
             fn_products_commit();
             fn_products_wait<1>();
-            if (block) fn_mm_release<S>(drained + 8 * previous, lane);
-            if (S::CHUNKED && (++in_chunk == FN_CHUNK_BLOCKS || block + 1 == args.k_blocks)) {
-                fn_products_wait<0>();
-                in_chunk = 0;
-#pragma unroll
-                for (int m = 0; m < S::MB; m++) fn_add_chunk<S::BN / 2>(totals[m], sums[m], block < FN_CHUNK_BLOCKS);
-            }
+            if (block) fn_release<S::SHARERS>(drained + 8 * previous, lane);
             previous = stage;
             if (++stage == S::STAGES) stage = 0, parity ^= 1;
         }
-        if (S::TURNS && unit + clusters < args.units) fn_threads_pass(1 + (group ^ 1), 2 * FN_WARPGROUP);
+        if (unit + clusters < args.units) fn_threads_pass(1 + (group ^ 1), 2 * FN_WARPGROUP);
         fn_products_wait<0>();
-        fn_mm_release<S>(drained + 8 * previous, lane);
+        fn_release<S::SHARERS>(drained + 8 * previous, lane);
         int row, column;
         fn_mm_place<S>(args, unit, rank, &row, &column);
-        row += (S::TURNS ? 0 : group * 64 * S::MB) + warp * 16;
 #pragma unroll
-        for (int m = 0; m < S::MB; m++) {
-            float *const result = S::CHUNKED ? totals[m] : sums[m];
-            fn_keep_sums<S::BN / 2>(result);
-            if (args.to.dtype == FN_FLOAT32)
-                fn_store_sums<S::BN, S::BUFFERS, true>(&args.out, args.to, result, row + m * 64, column, &staging,
-                                                       lane);
-            else
-                fn_store_sums<S::BN, S::BUFFERS, false>(&args.out, args.to, result, row + m * 64, column, &staging,
-                                                        lane);
+        for (int m = 0; m < S::MB; m++)
+            fn_mm_write<S>(args, sums[m], row + m * 64 + warp * 16, column, &staging, lane);
+    }
+    fn_stores_read<0>();
+}
+
+/* The consumers together. The first half of the parts waits in shared memory, each unit of 4 where the thread that put it there
+ * finds it; what leaves the registers for good takes the same place. */
+template <typename S, fn_dtype IN>
+FN_DEVICE void fn_mm_consume_parts(const fn_mm_prefill_args &args, uint32_t ring, uint32_t filled, uint32_t drained,
+                                   uint32_t rank, uint32_t cluster, uint32_t clusters, int group, int warp) {
+    constexpr int COUNT = S::BN / 2, PLACE = 32 * (int)sizeof(float4);
+    const int lane = threadIdx.x % 32, parts = (int)args.part_blocks, end = (int)args.k_blocks;
+    const fn_ring own = fn_ring_of<S>(ring, filled, drained, group);
+    const uint32_t place = ring + S::STAGING + (group * 4 + warp) * S::WARP_WAITING;
+    const uint32_t waiting = place + lane * (uint32_t)sizeof(float4);
+    fn_staging staging = {place, 0};
+    fn_ring_position now = {0, 0, 0, 0};
+    for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
+        float total[COUNT];
+        now.block = 0;
+        fn_sum_half<S, IN>(own, now, parts, parts, end, lane, total);
+        if (lane == 0) fn_stores_read<0>(); /* of the unit before */
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4)
+            store_floats(waiting + i / 4 * PLACE, make_float4(total[i], total[i + 1], total[i + 2], total[i + 3]));
+        fn_sum_half<S, IN>(own, now, parts, (FN_MM_GATE_PARTS / 2 + 1) * parts, end, lane, total);
+        fn_release<S::SHARERS>(drained + 8 * now.previous, lane);
+#pragma unroll
+        for (int i = 0; i < COUNT; i += 4) {
+            const float4 first = load_floats(waiting + i / 4 * PLACE);
+            total[i] = fn_add(first.x, total[i]), total[i + 1] = fn_add(first.y, total[i + 1]);
+            total[i + 2] = fn_add(first.z, total[i + 2]), total[i + 3] = fn_add(first.w, total[i + 3]);
         }
+        __syncwarp(); /* all lanes have read what waited */
+        int row, column;
+        fn_mm_place<S>(args, unit, rank, &row, &column);
+        fn_mm_write<S>(args, total, row + group * 64 + warp * 16, column, &staging, lane);
     }
     fn_stores_read<0>();
 }
@@ -184,16 +196,19 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
         if (threadIdx.x == 0) fn_mm_produce<S>(args, ring, filled, drained, rank, cluster, clusters);
     } else {
         fn_registers_up<240>();
-        fn_mm_consume<S, IN>(args, ring, filled, drained, rank, cluster, clusters, warp / 4 - 1, warp % 4);
+        const int group = warp / 4 - 1, own = warp % 4;
+        if constexpr (S::IN_PARTS)
+            fn_mm_consume_parts<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
+        else fn_mm_consume<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
     }
 }
 
 /* 128 x 128 in turns, two blocks with the same rows of b: 657 to 709 TFLOP/s on an H200 at 4096 x 4096 to 28672 x 8192 and
  * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere. */
-using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2, true, true, false>;
+using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2, true, false>;
 
-/* 128 x 64, together: the totals take as many registers as the sums, and few columns must fill the device. */
-using fn_gate_shape = fn_mm_shape<1, 64, 8, 2, 1, true, false, true>;
+/* 128 x 128 together: what a thread holds of parts leaves no registers for more. */
+using fn_parts_shape = fn_mm_shape<1, 128, 5, 4, 2, true, true>;
 
 #define FN_MM_PREFILL(D, S)                                                                                            \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER

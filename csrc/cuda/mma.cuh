@@ -7,7 +7,7 @@
 #ifndef FUSEDNORM_MMA_CUH
 #define FUSEDNORM_MMA_CUH
 
-#include "copies.cuh"
+#include "cluster.cuh"
 #include "dependents.cuh"
 #include "element.cuh"
 #include "mm_tensor.h"
@@ -167,76 +167,16 @@ FN_DEVICE void add_tile(float sums[WEIGHTS / 16][TOKENS / 8][4], uint32_t weight
     }
 }
 
-/* ---- clusters ---------------------------------------------------------------------------------------------------------- */
-
-FN_DEVICE int rank_in_cluster(void) {
-    uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return (int)rank;
-}
-
-/* All threads of all blocks arrive, then wait until all have; of what they wrote nothing is said. */
-FN_DEVICE void arrive_in_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-
-FN_DEVICE void wait_for_cluster_arrivals(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-/* All threads of all blocks; what each wrote before is seen by all after. */
-FN_DEVICE void meet_cluster(void) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-
-/* Of the same place in another block's shared memory. */
-FN_DEVICE uint32_t address_in_cluster(uint32_t at, int block) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mapa.shared::cluster.u32 %0, %0, %1;" : "+r"(at) : "r"(block));
-#endif
-    return at;
-}
-
-FN_DEVICE void store_in_cluster(uint32_t at, float4 v) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
-                 : "memory");
-#endif
-}
-
-FN_DEVICE float4 load_floats(uint32_t at) {
-    float4 v;
-    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(at)
-                 : "memory");
-    return v;
-}
-
-FN_DEVICE float4 add_floats(float4 a, float4 b) {
-    return make_float4(fn_add(a.x, b.x), fn_add(a.y, b.y), fn_add(a.z, b.z), fn_add(a.w, b.w));
-}
+/* ---- sums in shared memory ---------------------------------------------------------------------------------------------- */
 
 /* What lies at the same place in another block's shared memory. */
 FN_DEVICE float4 floats_of_block(uint32_t at, int block) {
-#if __CUDA_ARCH__ >= 900
-    float4 v;
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address_in_cluster(at, block))
-                 : "memory");
+    float4 v = {};
+    FN_CLUSTER_ASM("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                   : "r"(fn_address_in_block(at, (uint32_t)block))
+                   : "memory");
     return v;
-#else
-    return load_floats(at);
-#endif
 }
 
 /* ---- results ----------------------------------------------------------------------------------------------------------- */
@@ -246,21 +186,21 @@ template <int WEIGHTS, int TOKENS> struct fn_kept {
     static constexpr int pitch = (WEIGHTS + 4) * (int)sizeof(float), bytes = TOKENS * pitch;
 };
 
-/* A warp's sums, to the weights and tokens of its own that begin at those given. */
-template <int WEIGHTS, int TOKENS>
-FN_DEVICE void keep_sums(uint32_t kept, int pitch, int weight, int token,
-                         const float sums[WEIGHTS / 16][TOKENS / 8][4]) {
+/* A warp's sums, to the weights and tokens of its own that begin at those given. FETCH: sums = what lies there, + sums. */
+template <int WEIGHTS, int TOKENS, bool FETCH = false>
+FN_DEVICE void keep_sums(uint32_t kept, int pitch, int weight, int token, float sums[WEIGHTS / 16][TOKENS / 8][4]) {
     const int lane = threadIdx.x % 32;
-    const uint32_t at = kept + (token + lane % 4 * 2) * pitch + (weight + lane / 4) * (int)sizeof(float);
+    const uint32_t first = kept + (token + lane % 4 * 2) * pitch + (weight + lane / 4) * (int)sizeof(float);
 #pragma unroll
     for (int i = 0; i < WEIGHTS / 16; i++)
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
-            for (int n = 0; n < 4; n++)
-                asm volatile("st.shared.f32 [%0], %1;" ::"r"(at + (j * 8 + n % 2) * pitch + (i * 16 + n / 2 * 8) * 4),
-                             "f"(sums[i][j][n])
-                             : "memory");
+            for (int n = 0; n < 4; n++) {
+                const uint32_t at = first + (j * 8 + n % 2) * pitch + (i * 16 + n / 2 * 8) * (int)sizeof(float);
+                if (FETCH) sums[i][j][n] = fn_add(load_float(at), sums[i][j][n]);
+                else asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sums[i][j][n]) : "memory");
+            }
 }
 
 /* out(token, weight...) = round(sums + bias) */
@@ -279,25 +219,27 @@ FN_DEVICE void store_sums(const fn_mm_tensor_args &a, float4 v, int64_t weight, 
     else *(uint2 *)to = make_uint2(fn_pack2_f16(v.x, v.y), fn_pack2_f16(v.z, v.w));
 }
 
-/* Adds up the chunks of a tile, in ascending order, and writes it: thread `thread` of `threads` in all blocks that share it.
- * Block b keeps the sums of `each` chunks from b * each on, one after the other. */
+/* Folds the parts of a tile and writes it: thread `thread` of `threads` in all blocks that share it. Block b keeps the sums of
+ * `each` parts from b * each on, one after the other; one block alone, the total. */
 template <int WEIGHTS, int TOKENS>
-FN_DEVICE void finish_tile(const fn_mm_tensor_args &a, uint32_t kept, int chunks, int each, int64_t weight,
-                           int64_t token, int thread, int threads) {
+FN_DEVICE void finish_tile(const fn_mm_tensor_args &a, uint32_t kept, int64_t weight, int64_t token, int thread,
+                           int threads) {
     constexpr int UNITS = WEIGHTS / 4;
 #pragma unroll 1
     for (int i = thread; i < UNITS * TOKENS; i += threads) {
         const int t = i / UNITS, w = i % UNITS * 4;
         if (token + t >= a.tokens.rows || weight + w >= a.weights.rows) continue;
         const uint32_t at = kept + t * fn_kept<WEIGHTS, TOKENS>::pitch + w * (int)sizeof(float);
-        float4 total = floats_of_block(at, 0);
-        int block = 0, own = 0;
-#pragma unroll 8
-        for (int chunk = 1; chunk < chunks; chunk++) {
-            if (++own == each) own = 0, block++;
-            total = add_floats(total, floats_of_block(at + own * fn_kept<WEIGHTS, TOKENS>::bytes, block));
+        float4 sum[FN_MM_GATE_PARTS] = {load_floats(at)};
+        if (a.cluster > 1) {
+#pragma unroll
+            for (int p = 0; p < FN_MM_GATE_PARTS; p++)
+                sum[p] = p < a.cut.parts ? floats_of_block(at + p % a.parts_each * fn_kept<WEIGHTS, TOKENS>::bytes,
+                                                           p / a.parts_each)
+                                         : make_float4(-0.0f, -0.0f, -0.0f, -0.0f);
+            sum[0] = fold_parts<FN_MM_GATE_PARTS>(sum);
         }
-        store_sums(a, total, weight + w, token + t);
+        store_sums(a, sum[0], weight + w, token + t);
     }
 }
 

@@ -78,12 +78,10 @@ FN_DEVICE void norm_these_rows(const fn_norm_kernel_args &a) {
     __shared__ float sums[PACKED ? 1 : ROWS][THREADS], received[BLOCKS * 8];
     __shared__ uint64_t arrived;
     uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
     if (BLOCKS > 1) {
-        rank = block_in_cluster();
+        rank = fn_cluster_rank();
         open_exchange<BLOCKS>(&arrived);
     }
-#endif
     const int thread = PACKED ? threadIdx.x % THREADS : threadIdx.x;
     const int place = PAIRED ? thread / 2 : thread, first_byte = PAIRED ? thread % 2 * 16 : 0;
     const int first = BLOCKS == 1 ? place : (place / 8 * BLOCKS + (int)rank) * 8 + place % 8;

@@ -12,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_DEVICES = 64 };
 
 fn_status fn_cuda_fail(const char *what, cudaError_t error) {
     (void)cudaGetLastError();
@@ -34,11 +33,11 @@ static void leave_device(int32_t device, int previous) {
 
 /* ---- properties ------------------------------------------------------------------------------------------------------ */
 
-static fn_cuda_properties known[MOST_DEVICES];
-static atomic_bool is_known[MOST_DEVICES];
+static fn_cuda_properties known[FN_CUDA_MOST_DEVICES];
+static atomic_bool is_known[FN_CUDA_MOST_DEVICES];
 
 fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) {
-    if (device >= 0 && device < MOST_DEVICES && atomic_load_explicit(&is_known[device], memory_order_acquire)) {
+    if (device >= 0 && device < FN_CUDA_MOST_DEVICES && atomic_load_explicit(&is_known[device], memory_order_acquire)) {
         *properties = known[device];
         return FN_OK;
     }
@@ -57,7 +56,7 @@ fn_status fn_cuda_properties_of(int32_t device, fn_cuda_properties *properties) 
     /* A driver may have compiled the PTX of an older architecture, in which what needs a newer one was left out. */
     properties->clusters = major >= 9 && code.ptxVersion >= 90;
     properties->exactly_90 = major == 9 && minor == 0;
-    if (device < MOST_DEVICES) {
+    if (device < FN_CUDA_MOST_DEVICES) {
         static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
         pthread_mutex_lock(&lock);
         if (!atomic_load(&is_known[device])) known[device] = *properties;
@@ -124,30 +123,40 @@ static bool dependent_launch(void) {
     return known_wish;
 }
 
-static cudaError_t launch_here(const fn_cuda_launch *launch, bool has_dependent_launch) {
+/* A launch as the runtime takes it. */
+typedef struct {
+    cudaLaunchConfig_t config;
     cudaLaunchAttribute attributes[2];
+} configuration;
+
+static void configure(configuration *c, const fn_cuda_launch *launch, bool has_dependent_launch) {
     unsigned count = 0;
     if (has_dependent_launch && dependent_launch()) {
-        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+        c->attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        c->attributes[count++].val.programmaticStreamSerializationAllowed = 1;
     }
     if (launch->cluster > 1) {
-        attributes[count].id = cudaLaunchAttributeClusterDimension;
-        attributes[count].val.clusterDim.x = (unsigned)launch->cluster;
-        attributes[count].val.clusterDim.y = attributes[count].val.clusterDim.z = 1;
+        c->attributes[count].id = cudaLaunchAttributeClusterDimension;
+        c->attributes[count].val.clusterDim.x = (unsigned)launch->cluster;
+        c->attributes[count].val.clusterDim.y = c->attributes[count].val.clusterDim.z = 1;
         count++;
     }
-    const cudaLaunchConfig_t config = {.gridDim = {launch->blocks, launch->outer_blocks, 1},
-                                       .blockDim = {launch->threads, 1, 1},
-                                       .dynamicSmemBytes = (size_t)launch->shared_bytes,
-                                       .stream = launch->stream,
-                                       .attrs = attributes,
-                                       .numAttrs = count};
+    c->config = (cudaLaunchConfig_t){.gridDim = {launch->blocks, launch->outer_blocks, 1},
+                                     .blockDim = {launch->threads, 1, 1},
+                                     .dynamicSmemBytes = (size_t)launch->shared_bytes,
+                                     .stream = launch->stream,
+                                     .attrs = c->attributes,
+                                     .numAttrs = count};
+}
+
+static cudaError_t launch_here(const fn_cuda_launch *launch, bool has_dependent_launch) {
+    configuration c;
+    configure(&c, launch, has_dependent_launch);
     union {
         const void *read;
         void *passed;
     } args = {launch->args};
-    return cudaLaunchKernelExC(&config, launch->kernel, &args.passed);
+    return cudaLaunchKernelExC(&c.config, launch->kernel, &args.passed);
 }
 
 fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
@@ -162,7 +171,7 @@ fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
 }
 
 fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes) {
-    const uint64_t bit = device >= 0 && device < MOST_DEVICES ? (uint64_t)1 << device : 0;
+    const uint64_t bit = device >= 0 && device < FN_CUDA_MOST_DEVICES ? (uint64_t)1 << device : 0;
     if (atomic_load_explicit(done, memory_order_relaxed) & bit) return FN_OK;
     int previous = 0;
     FN_CUDA_TRY("CUDA device", enter_device(device, &previous));
@@ -170,6 +179,21 @@ fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void
     leave_device(device, previous);
     FN_CUDA_TRY("CUDA kernel", error);
     atomic_fetch_or(done, bit);
+    return FN_OK;
+}
+
+fn_status fn_cuda_clusters_at_once(fn_cuda_counts *known, const fn_cuda_launch *launch, int *clusters) {
+    _Atomic int16_t none = 0, *const kept = launch->device < FN_CUDA_MOST_DEVICES ? &known->of[launch->device] : &none;
+    *clusters = atomic_load_explicit(kept, memory_order_relaxed) - 1;
+    if (*clusters >= 0) return FN_OK;
+    int previous = 0;
+    configuration c;
+    configure(&c, launch, false);
+    FN_CUDA_TRY("CUDA device", enter_device(launch->device, &previous));
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
+    leave_device(launch->device, previous);
+    FN_CUDA_TRY("CUDA kernel", error);
+    atomic_store_explicit(kept, (int16_t)(*clusters < INT16_MAX ? *clusters + 1 : INT16_MAX), memory_order_relaxed);
     return FN_OK;
 }
 
@@ -223,7 +247,7 @@ fn_status fn_cuda_warmup(int32_t device) {
  * recorded again as soon as the wait for it is queued. */
 static struct {
     pthread_mutex_t lock;
-    cudaEvent_t event[MOST_DEVICES];
+    cudaEvent_t event[FN_CUDA_MOST_DEVICES];
 } order = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 static cudaError_t order_here(int32_t device, cudaStream_t earlier, cudaStream_t later) {
@@ -237,8 +261,8 @@ static cudaError_t order_here(int32_t device, cudaStream_t earlier, cudaStream_t
 fn_status fn_cuda_order_streams(int32_t device, void *earlier, void *later) {
     int previous = 0;
     if (earlier == later) return FN_OK;
-    FN_REQUIRE(device >= 0 && device < MOST_DEVICES, FN_ERROR_RUNTIME,
-               "CUDA device: number %d: at most %d are supported", device, MOST_DEVICES);
+    FN_REQUIRE(device >= 0 && device < FN_CUDA_MOST_DEVICES, FN_ERROR_RUNTIME,
+               "CUDA device: number %d: at most %d are supported", device, FN_CUDA_MOST_DEVICES);
     FN_CUDA_TRY("CUDA stream", enter_device(device, &previous));
     pthread_mutex_lock(&order.lock);
     const cudaError_t error = order_here(device, earlier, later);

@@ -1,0 +1,70 @@
+/* mm_parts.cuh: the sums of mm_tensor.h's cut of k, in registers, on compute capability 9.0: chunks, one chain of products each; parts,
+ * whose chunks are added in order; halves, whose parts are.
+ *
+ * A thread holds BN / 2 sums of the chunk at work, as many of its part, and as many of the half.
+ */
+#ifndef FUSEDNORM_MM_PARTS_CUH
+#define FUSEDNORM_MM_PARTS_CUH
+
+#include "hopper.cuh"
+#include "mm_hopper.h"
+#include "mm_store.cuh"
+
+/* A warpgroup's view of the ring of stages: its 64 rows of a, and b. */
+typedef struct {
+    uint64_t a, b; /* as tiles of the first stage */
+    uint32_t filled, drained;
+} fn_ring;
+
+typedef struct {
+    int block; /* of k, counted from the first of this block's */
+    uint32_t stage, parity, previous;
+} fn_ring_position;
+
+template <typename S>
+FN_DEVICE fn_ring fn_ring_of(uint32_t ring, uint32_t filled, uint32_t drained, int group) {
+    return {fn_tile(ring + group * 64 * FN_ATOM_BYTES), fn_tile(ring + S::A_BYTES), filled, drained};
+}
+
+/* sum = that of the k up to block `end`, a part: its chunks' sums, added up. */
+template <typename S, fn_dtype IN>
+FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::BN / 2]) {
+    constexpr int CHUNK = FN_MM_GATE_CHUNK / FN_MM_TILE_K, COUNT = S::BN / 2;
+    int in_chunk = 0;
+    float chunk[COUNT];
+    fn_set_to_nothing<COUNT>(sum);
+    while (now.block < end) {
+        const uint32_t stage = now.stage * (S::STAGE_BYTES >> 4);
+        fn_barrier_wait(ring.filled + 8 * now.stage, now.parity);
+        fn_products_begin();
+#pragma unroll
+        for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
+            fn_product<IN, S::BN>(chunk, ring.a + stage + 2 * k, ring.b + stage + 2 * k, k ? 1 : in_chunk);
+        fn_products_commit();
+        fn_products_wait<1>();
+        if (now.block++) fn_release<S::SHARERS>(ring.drained + 8 * now.previous, lane);
+        now.previous = now.stage;
+        if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
+        if (++in_chunk != CHUNK && now.block != end) continue;
+        in_chunk = 0;
+        fn_products_wait<0>();
+        fn_add_to<COUNT>(sum, chunk);
+    }
+}
+
+/* total = the sum of half of the parts, of part_blocks each, the next of which ends at block `part_end`, the last at `end`. */
+template <typename S, fn_dtype IN>
+FN_DEVICE void fn_sum_half(const fn_ring &ring, fn_ring_position &now, int part_blocks, int part_end, int end, int lane,
+                           float total[S::BN / 2]) {
+    constexpr int COUNT = S::BN / 2;
+    fn_set_to_nothing<COUNT>(total);
+#pragma unroll 1
+    for (int part = 0; part < FN_MM_GATE_PARTS / 2; part++, part_end += part_blocks) {
+        float sum[COUNT];
+        fn_sum_part<S, IN>(ring, now, min(end, part_end), lane, sum);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sum[i]);
+    }
+}
+
+#endif
