@@ -6,14 +6,18 @@ same, or results are compared with each other. Rows and layouts: test_cuda_mm_ro
 
 from __future__ import annotations
 
+import functools
 import itertools
+import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
 import build_c
 import helpers
 import numpy as np
 import pytest
+import test_tensor_core
 from test_cuda_mm_rows import GATES, PROJECTIONS, Comparison, dtype_of, empty, make, product, torch
 
 import fusednorm
@@ -142,45 +146,105 @@ def test_router_logits() -> None:
 LARGE, SMALL = 2.0**15, 2.0**-14  # of both dtypes; LARGE + SMALL is LARGE whether a step rounds or truncates
 
 
-def chunk_length(n: int, k: int, m: int, dtype: str) -> int:
-    """The first step, in elements, that begins a chunk; K if none does.
-
-    -LARGE at 0, LARGE at s, SMALL at s + 16. In the chunk of 0, SMALL meets 0 and is left. If another chunk begins at
-    s, SMALL meets LARGE and is lost before -LARGE arrives.
-    """
-    starts = torch.arange(16, k - 16, 16, device="cuda")
-    probes = torch.zeros(len(starts), k, dtype=dtype_of(dtype), device="cuda")
-    rows = torch.arange(len(starts), device="cuda")
-    probes[:, 0] = -LARGE
-    probes[rows, starts], probes[rows, starts + 16] = LARGE, SMALL
-    ones = torch.ones(n, k, dtype=probes.dtype, device="cuda")
-    results = torch.cat([product(part, ones.T) for part in probes.split(m)])
-    assert bool((results == results[:, :1]).all()), "columns differ"
-    column = results[:, 0]
-    assert bool(((column == 0) | (column == SMALL)).all())
-    lost = (column == 0).nonzero()
-    length = k if len(lost) == 0 else int(starts[lost[0]])
-    # Where SMALL begins a chunk of its own it is left.
-    wanted = torch.where((starts < length) | ((starts + 16) % length == 0), SMALL, 0.0)
-    assert torch.equal(column, wanted.to(column.dtype)), (n, k, m)
-    return length
-
-
 def declared() -> dict[str, int]:
-    """What the sources say of chunks."""
+    """What the sources say of how K is cut."""
     text = (build_c.ROOT / "csrc" / "cuda" / "mm_tensor.h").read_text()
-    return {name: int(number) for name, number in re.findall(r"FN_MM_(GATE_CHUNK|GATE_COLUMNS) = (\d+)", text)}
+    return {name: int(number) for name, number in re.findall(r"FN_MM_GATE_(CHUNK|COLUMNS|PARTS) = (\d+)", text)}
+
+
+def cut(n: int, k: int) -> list[list[slice]]:
+    """docs/numerics.md: the chunks of each part."""
+    if n > 512 or k <= 256:
+        return [[slice(0, k)]]
+    part = max(256, -(-k // (8 * 64)) * 64)
+    return [
+        [slice(at, min(at + 256, begin + part, k)) for at in range(begin, min(begin + part, k), 256)]
+        for begin in range(0, k, part)
+    ]
+
+
+def added(sums: list[Any]) -> Any:
+    """In ascending order, starting with the first."""
+    return functools.reduce(operator.add, sums)
+
+
+def by_the_rule(n: int, k: int, chain: Callable[[slice], Any]) -> Any:
+    """The product, from what the chain of a chunk gives."""
+    parts = [added([chain(chunk) for chunk in part]) for part in cut(n, k)]
+    return added([added(half) for half in (parts[:4], parts[4:]) if half])
+
+
+def test_the_sources_say_what_the_documentation_says() -> None:
+    assert declared() == {"CHUNK": 256, "COLUMNS": 512, "PARTS": 8}
+
+
+LENGTHS = (256, 257, 320, 1000, 1544, 2048, 2112, 2880, 5120, 7168, 7176, 9000, 12288, 16384)
 
 
 @each_dtype
-@pytest.mark.parametrize("m", [1, 8, 33, 130, 1000])
-def test_the_chunk_rule(m: int, dtype: str) -> None:
-    """A function of N and K; M decides nothing."""
-    said = declared()
-    columns, chunk = said["GATE_COLUMNS"], said["GATE_CHUNK"]
-    for n in (1, 200, columns, columns + 1, 2 * columns + 8):
-        for k in (chunk, chunk + 64, 2 * chunk, 5 * chunk + 48) if m > 1 else (2 * chunk, 2 * chunk + 48):
-            assert chunk_length(n, k, m, dtype) == (chunk if n <= columns and k > chunk else k), (n, k, m)
+@pytest.mark.parametrize("k", LENGTHS)
+def test_the_rule(k: int, dtype: str) -> None:
+    """A product of few columns, from chains that products of many columns give."""
+    compared = Comparison()
+    a, b = make(2048, k, dtype=dtype, key="rule"), make(512, k, dtype=dtype, key="weight")
+    many = torch.cat([b, b[:8]])
+    wanted = by_the_rule(512, k, lambda chunk: product(a[:, chunk].contiguous(), many[:, chunk].contiguous().T))[
+        :, :512
+    ]
+    for n in (1, 32, 129, 256, 512):
+        for m in (1, 2, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
+            compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
+        bias = make(n, dtype="float32", key="bias")
+        for m in (1, 20, 40, 700):
+            biased = product(a[:m], b[:n].T, bias=bias)
+            compared.add((m, n, k, "bias"), biased, wanted[:m, :n] + bias)
+        compared.add((50, n, k, "column-major"), product(a[:50], b[:n].T.contiguous()), wanted[:50, :n].contiguous())
+    compared.check()
+
+
+@each_dtype
+@pytest.mark.parametrize("k", LENGTHS)
+def test_the_order_of_parts_and_chunks(k: int, dtype: str) -> None:
+    """-LARGE, LARGE and SMALL in any places: what is left says what is added to what."""
+    draw = helpers.seeded("places", k, dtype)
+    begins = np.array([chunk.start for part in cut(1, k) for chunk in part])
+    near = np.minimum(draw.choice(begins, (1500, 3)) + draw.choice([0, 16, 48, 240], (1500, 3)), k - 1)
+    places = np.concatenate([near, draw.integers(0, k, (548, 3))])
+    rows = np.zeros((len(places), k), np.float32)
+    for column, value in enumerate((-LARGE, LARGE, SMALL)):
+        np.add.at(rows, (np.arange(len(places)), places[:, column]), np.float32(value))
+    steps = np.sort(places // 16, 1)
+    rows[(steps[:, 1:] == steps[:, :-1]).any(1)] = 0  # what a step does with them is its own
+    probes = torch.from_numpy(rows).to("cuda", dtype_of(dtype))
+
+    def chain(chunk: slice) -> Any:
+        piece = np.pad(rows[:, chunk], ((0, 0), (0, -(chunk.stop - chunk.start) % 16)))
+        return np.add.accumulate(piece.reshape(len(piece), -1, 16).sum(2), 1, dtype=np.float32)[:, -1]
+
+    for n in (1, 200, 512, 513):
+        wanted = torch.from_numpy(by_the_rule(n, k, chain)).to("cuda")[:, None]
+        assert wanted.unique().numel() > 1
+        ones = torch.ones(n, k, dtype=probes.dtype, device="cuda")
+        for m in (1, 8, 33, 130, 700, 2048) if k < 3000 else (1, 8, 33, 2048):
+            count = 100 if m == 1 else len(probes)
+            results = torch.cat([product(piece, ones.T) for piece in probes[:count].split(m)])
+            same_numbers(results, wanted[:count].expand(count, n), (m, n, k))
+
+
+def test_the_model_of_the_tensor_core() -> None:
+    """tests/c/tensor_core.c predicts a gate's bits, from its operands."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("models compute capability 9.0")
+    compared = Comparison()
+    for dtype, (n, k) in itertools.product(DTYPES, [(256, 7168), (17, 2880), (40, 600), (520, 1000)]):
+        a, b = make(40, k, dtype=dtype, key="model"), make(n, k, dtype=dtype, key="weight")
+        words = [tensor.view(torch.int16).cpu().numpy().view(np.uint16) for tensor in (a[:8], b)]
+        parts = cut(n, k)
+        predicted = test_tensor_core.products(dtype, *words, chunk=parts[0][0].stop, part=parts[0][-1].stop)
+        wanted = torch.from_numpy(predicted.view(np.float32)).to("cuda")
+        for m in (1, 8, 40):
+            compared.add((dtype, m, n, k), product(a[:m], b.T)[:8], wanted[:m])
+    compared.check()
 
 
 def probe(length: int, terms: dict[int, float], dtype: str) -> Any:
@@ -191,13 +255,10 @@ def probe(length: int, terms: dict[int, float], dtype: str) -> Any:
 
 
 @each_dtype
-def test_order_of_steps_and_chunks(dtype: str) -> None:
-    chunk = declared()["GATE_CHUNK"]
-    places = [(0, 16, 32), (5, 21, 200), (15, 16, 47), (0, chunk - 32, chunk - 1)]
-    places += [(3, chunk + 3, 2 * chunk), (chunk - 1, chunk, 3 * chunk + 1), (7, 2 * chunk, 4 * chunk + 5)]
+def test_order_of_steps(dtype: str) -> None:
     rows, wanted = [], []
-    length = 4 * chunk + 40
-    for first, second, third in places:
+    length = 250
+    for first, second, third in [(0, 16, 32), (5, 21, 200), (15, 16, 47), (0, 224, 249)]:
         for terms, left in [
             ((LARGE, -LARGE, SMALL), SMALL),
             ((-LARGE, LARGE, SMALL), SMALL),
@@ -270,7 +331,7 @@ def test_accuracy(n: int, k: int, dtype: str) -> None:
     exact = a.double() @ b.double().T
     error = float((product(a, b.T).double() - exact).norm() / exact.norm())
     print(f"\n{n} x {k}, {dtype}: {error:.2e}")
-    assert error <= (5e-7 if n <= declared()["GATE_COLUMNS"] else 1e-5)
+    assert error <= (5e-7 if n <= declared()["COLUMNS"] else 1e-5)
 
 
 def test_the_bits_of_cublas() -> None:

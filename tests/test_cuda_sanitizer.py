@@ -135,9 +135,12 @@ def test_graph() -> None:
     driver.call("cuStreamDestroy_v2", stream)
 
 
-# M, N, K: a few rows and many; few columns and many; one chunk of K and several; whole vectors and none.
+# M, N, K: a few rows and many; few columns and many; one chunk of K and several parts, which clusters share in every
+# way of theirs; whole vectors and none.
 PRODUCTS = [(m, n, k) for m in (1, 9, 40, 140) for n, k in ((48, 1100), (24, 40), (520, 200))]
-PRODUCTS += [(8, 256, 2048), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
+PRODUCTS += [(8, 256, 2048), (1, 30, 2880), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
+PRODUCTS += [(40, 64, 2112), (70, 128, 320), (70, 256, 320), (70, 512, 320), (260, 512, 320), (2100, 40, 320)]
+PRODUCTS += [(4100, 16, 320), (3000, 130, 320), (9000, 40, 320)]
 
 
 @pytest.mark.parametrize("kind", ["dense", "an element on", "gap", "every other"])

@@ -36,9 +36,9 @@ FN_DEVICE void fn_barrier_arrive(uint32_t barrier) {
  * read its operands, and the cluster's scope would make it a fence of the whole GPU. */
 FN_DEVICE void fn_barrier_arrive_at(uint32_t barrier, uint32_t rank) {
     FN_CLUSTER_ASM("{.reg .b32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
+                   "mbarrier.arrive.shared::cluster.b64 _, [there];}" ::"r"(barrier),
+                   "r"(rank)
+                   : "memory");
 }
 
 /* Until the phase of this parity is over. */
@@ -97,10 +97,10 @@ FN_DEVICE void fn_send(uint32_t to, float v, uint32_t barrier) {
 }
 
 FN_DEVICE void fn_send4(uint32_t to, float4 v, uint32_t barrier) {
-    FN_CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-                       to),
-                   "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
-                   : "memory");
+    FN_CLUSTER_ASM(
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+        "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
+        : "memory");
 }
 
 /* The stage is free, says this warp to all blocks that write to it. */

@@ -44,7 +44,8 @@ FN_DEVICE float4 load_floats(uint32_t at) {
 }
 
 FN_DEVICE void store_floats(uint32_t at, float4 v) {
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(at), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 }
 
 FN_DEVICE float4 add_floats(float4 a, float4 b) {

@@ -1,5 +1,6 @@
 /* mm_bf16.cu: the products of bfloat16 operands. */
 #include "mm_gate.cuh"
+#include "mm_one.cuh"
 #include "mm_tile.cuh"
 
 /* By the tile's tokens, ascending, for each of (chunked, whole). */
@@ -21,4 +22,5 @@ const fn_mm_tensor_kernels fn_mm_bf16 = {
      {FN_MM_GATE(FN_BFLOAT16, 16, 16)},
      {FN_MM_GATE(FN_BFLOAT16, 16, 32)},
      {FN_MM_GATE(FN_BFLOAT16, 32, 32)}},
+    {FN_MM_ONE(FN_BFLOAT16)},
 };

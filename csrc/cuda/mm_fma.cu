@@ -141,8 +141,8 @@ struct fn_mm_fma {
 #pragma unroll
         for (int e = 0; e < SUMS; e++)
             if (rank < chunks)
-                fn_put_in_block(shared_at(&shared.received[rank * own + (e >> a.cluster_bits)][thread]), e & (blocks - 1),
-                                sum[e]);
+                fn_put_in_block(shared_at(&shared.received[rank * own + (e >> a.cluster_bits)][thread]),
+                                e & (blocks - 1), sum[e]);
         fn_cluster_arrive();
         fn_cluster_wait();
 #pragma unroll

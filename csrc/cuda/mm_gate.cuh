@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(32 * FN_MM_GATE_MOST_WARPS, 1) mm_gate(const _
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, part = (int)fn_cluster_rank();
     const uint32_t operands = shared_at(shared), weights = operands + warp * BYTES;
     const uint32_t tokens = weights + FN_GATE_TILES * WEIGHTS * FN_TILE_ROW;
-    const uint32_t here = operands + blockDim.x / 32 * BYTES; /* the barrier of what is received */
-    const uint32_t received = here + FN_GATE_BARRIER_BYTES;   /* part by part, of each the tokens owned */
+    const uint32_t here = operands + blockDim.x / 32 * BYTES;               /* the barrier of what is received */
+    const uint32_t received = here + FN_GATE_BARRIER_BYTES;                 /* part by part, of each the tokens owned */
     const int owner_bits = 31 - __clz(a.cluster), owners = 1 << owner_bits; /* token t is block t % owners' */
     const int slot_bytes = fn_kept<WEIGHTS, TOKENS>::bytes >> owner_bits;
     const int64_t weight = (int64_t)(blockIdx.x / a.cluster) * WEIGHTS, token = (int64_t)blockIdx.y * TOKENS;
@@ -95,7 +95,8 @@ __global__ void __launch_bounds__(32 * FN_MM_GATE_MOST_WARPS, 1) mm_gate(const _
                  fn_address_in_block(here, owner));
     }
     if (part >= owners) return;
-    fn_barrier_wait_for_cluster(here, 0); /* no block leaves before it has all sums, so none writes to one that has gone */
+    fn_barrier_wait_for_cluster(here,
+                                0); /* no block leaves before it has all sums, so none writes to one that has gone */
 #pragma unroll 1
     for (int i = threadIdx.x; i < owned * UNITS; i += blockDim.x) {
         const int slot = i / UNITS, w = i % UNITS * 4;

@@ -95,7 +95,7 @@ static fn_mm_out result_of(const fn_mm_plan *plan) {
 
 /* Blocks stay until all units are done: no more clusters than fit at once. */
 static fn_status launch_units(const fn_mm_plan *plan, const void *kernel, const void *args, int64_t units, int cluster,
-                        int threads, int shared_bytes, const fn_cuda_properties *device) {
+                              int threads, int shared_bytes, const fn_cuda_properties *device) {
     const int64_t fit = device->multiprocessors / cluster, clusters = units < fit ? units : fit;
     return fn_cuda_run(name, &(fn_cuda_launch){.kernel = kernel,
                                                .args = args,
@@ -136,12 +136,12 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
     args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->cluster) * args.tiles_m;
     FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->cluster, &args.b, rows, NULL));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS, device->shared_bytes,
-                  device);
+    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
+                        device->shared_bytes, device);
 }
 
-static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
-                             const fn_cuda_properties *device) {
+static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_prefill_kernel *kernel,
+                             fn_cuda_devices *allowed, const fn_cuda_properties *device) {
     fn_mm_prefill_args args = {.to = result_of(plan),
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                                .part_blocks = (uint32_t)cut->part_tiles,
@@ -151,24 +151,26 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_cut *cut, const
     args.units = args.units_m * args.units_n;
     FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_PREFILL_THREADS, kernel->shared_bytes,
-                  device);
+    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_PREFILL_THREADS,
+                        kernel->shared_bytes, device);
 }
 
 /* ---- K in parts ---------------------------------------------------------------------------------------------------------- */
 
 /* A kernel, for the estimate of its time. */
 typedef struct {
-    uint32_t tokens, weights, cluster, resident, parts; /* a block's tile; blocks on a multiprocessor; parts of K a block works on */
-    double fetched;                                     /* of its operands, that no other block has fetched for it */
-    double sums;                                        /* of its tile's sums, moved through shared memory when all are there */
+    uint32_t tokens, weights, cluster, resident,
+        parts;      /* a block's tile; blocks on a multiprocessor; parts of K a block works on */
+    double fetched; /* of its operands, that no other block has fetched for it */
+    double sums;    /* of its tile's sums, moved through shared memory when all are there */
 } tiling;
 
 /* `blocks` at a time, on the multiprocessors that clusters of such blocks can use. Nanoseconds, nearly: measured on an H200, and
  * such that of 10 kernels at 55 shapes the best was chosen, or one within 4 %, but 3 times. */
 static double round_of(const tiling *t, uint32_t part_tiles, uint32_t blocks, uint32_t usable) {
-    const double start = 1200;                        /* a launch, and what comes first */
-    const double sums = 20, operands = 80, l2 = 7500; /* bytes in a nanosecond: of a multiprocessor, twice; of the device */
+    const double start = 1200; /* a launch, and what comes first */
+    const double sums = 20, operands = 80,
+                 l2 = 7500; /* bytes in a nanosecond: of a multiprocessor, twice; of the device */
     const double each = (blocks + usable - 1) / usable, cells = (double)t->tokens * t->weights;
     const double bytes = (double)FN_ATOM_BYTES * t->parts * part_tiles * (t->tokens + t->weights);
     const double in = each * bytes / operands, out = blocks * t->fetched * bytes / l2;
@@ -185,8 +187,13 @@ static double estimate(const tiling *t, const fn_mm_plan *plan, const fn_mm_cut 
 }
 
 static tiling tiling_of_split(const fn_mm_split_kernel *kernel) {
-    tiling t = {(uint32_t)kernel->tokens, (uint32_t)kernel->weights, (uint32_t)kernel->cluster, (uint32_t)kernel->resident,
-                FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, 1, 1};
+    tiling t = {(uint32_t)kernel->tokens,
+                (uint32_t)kernel->weights,
+                (uint32_t)kernel->cluster,
+                (uint32_t)kernel->resident,
+                FN_MM_GATE_PARTS / (uint32_t)kernel->cluster,
+                1,
+                1};
     if (t.parts == 2) t.sums = 1.5; /* half of the blocks send two parts' sums */
     if (t.parts == 4) t.sums = 0.5; /* half of them stay where they are */
     return t;
@@ -194,7 +201,8 @@ static tiling tiling_of_split(const fn_mm_split_kernel *kernel) {
 
 /* The blocks of a cluster have tiles of their own, and share what they fetch of b. */
 static tiling tiling_of_parts(const fn_mm_prefill_kernel *kernel) {
-    tiling t = {(uint32_t)(kernel->unit_m / kernel->cluster), (uint32_t)kernel->unit_n, 1, 1, FN_MM_GATE_PARTS, 1, 0.25};
+    tiling t = {
+        (uint32_t)(kernel->unit_m / kernel->cluster), (uint32_t)kernel->unit_n, 1, 1, FN_MM_GATE_PARTS, 1, 0.25};
     t.fetched = (t.tokens + (double)t.weights / kernel->cluster) / (t.tokens + t.weights);
     return t;
 }

@@ -85,8 +85,8 @@ enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 9 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
-    fn_mm_prefill_kernel prefill, parts;           /* K in one chunk; in parts and chunks */
-    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
+    fn_mm_prefill_kernel prefill, parts;              /* K in one chunk; in parts and chunks */
+    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS];    /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
 /* mm_hopper_bf16_sm90a.cu, mm_hopper_f16_sm90a.cu; in builds for compute capability 9.0 */

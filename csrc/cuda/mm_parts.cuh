@@ -1,5 +1,5 @@
-/* mm_parts.cuh: the sums of mm_tensor.h's cut of k, in registers, on compute capability 9.0: chunks, one chain of products each; parts,
- * whose chunks are added in order; halves, whose parts are.
+/* mm_parts.cuh: the sums of mm_tensor.h's cut of k, in registers, on compute capability 9.0: chunks, one chain of products each;
+ * parts, whose chunks are added in order; halves, whose parts are.
  *
  * A thread holds BN / 2 sums of the chunk at work, as many of its part, and as many of the half.
  */
@@ -21,8 +21,7 @@ typedef struct {
     uint32_t stage, parity, previous;
 } fn_ring_position;
 
-template <typename S>
-FN_DEVICE fn_ring fn_ring_of(uint32_t ring, uint32_t filled, uint32_t drained, int group) {
+template <typename S> FN_DEVICE fn_ring fn_ring_of(uint32_t ring, uint32_t filled, uint32_t drained, int group) {
     return {fn_tile(ring + group * 64 * FN_ATOM_BYTES), fn_tile(ring + S::A_BYTES), filled, drained};
 }
 

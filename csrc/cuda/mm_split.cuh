@@ -1,4 +1,4 @@
-/* mm_split.cuh: products with few weights, on compute capability 9.0: a cluster for a tile of out, whose blocks share the parts of k.
+/* mm_split.cuh: products with few weights, on compute capability 9.0: a cluster for a tile of out, its blocks share the parts of k.
  *
  * Where out has few tiles, k is what there is to share out. A block's warpgroups add up its parts: 64 tokens each, from a ring of
  * stages that one thread of a further warp keeps filled. A thread's sums are BN / 8 units of 4; each unit has a block that owns
@@ -16,11 +16,12 @@
 template <int GROUPS_, int BN_, int STAGES_, int BLOCKS_, int RESIDENT_> struct fn_split_shape {
     static constexpr int GROUPS = GROUPS_, BN = BN_, STAGES = STAGES_, BLOCKS = BLOCKS_, RESIDENT = RESIDENT_;
     static constexpr int SHARERS = 1, BM = 64 * GROUPS, PARTS = FN_MM_GATE_PARTS / BLOCKS;
-    static constexpr bool MANY_REGISTERS = PARTS > 1; /* more than all threads could have: the producers' warpgroup gives its own */
+    /* More than all threads could have: then the producer is a warpgroup, which gives its own. */
+    static constexpr bool MANY_REGISTERS = PARTS > 1;
     static constexpr int CONSUMERS = FN_WARPGROUP * GROUPS, THREADS = CONSUMERS + (MANY_REGISTERS ? FN_WARPGROUP : 32);
     static constexpr int A_BYTES = BM * FN_ATOM_BYTES, STAGE_BYTES = A_BYTES + BN * FN_ATOM_BYTES;
     static constexpr int UNITS = BN / 8, OWN = UNITS > BLOCKS ? UNITS / BLOCKS : 1, OWNERS = UNITS / OWN;
-    static constexpr int SUMS = BLOCKS == 4 ? 6 : BLOCKS;             /* that an owner receives for each output */
+    static constexpr int SUMS = BLOCKS == 4 ? 6 : BLOCKS;              /* that an owner receives for each output */
     static constexpr int SENT = OWN * CONSUMERS * (int)sizeof(float4); /* bytes of one, for all outputs of an owner */
     static constexpr int RECEIVED = STAGES * STAGE_BYTES, BARRIERS = RECEIVED + SUMS * SENT;
     static constexpr int SHARED = BARRIERS + (2 * STAGES + 1) * 8 + FN_SHARED_ALIGNMENT;
@@ -39,7 +40,8 @@ FN_DEVICE void fn_split_produce(const fn_mm_split_args &args, const fn_split_mem
     const auto load_weights = [&](int block) {
         const uint32_t stage = block % S::STAGES, full = at.filled + 8 * stage;
         fn_barrier_expect(full, S::STAGE_BYTES);
-        fn_box_load(at.ring + stage * S::STAGE_BYTES + S::A_BYTES, &args.b, (first + block) * FN_MM_TILE_K, column, full);
+        fn_box_load(at.ring + stage * S::STAGE_BYTES + S::A_BYTES, &args.b, (first + block) * FN_MM_TILE_K, column,
+                    full);
     };
     const int early = args.early ? min(blocks, S::STAGES) : 0;
     for (int block = 0; block < early; block++) load_weights(block);
@@ -48,7 +50,8 @@ FN_DEVICE void fn_split_produce(const fn_mm_split_args &args, const fn_split_mem
         const uint32_t stage = block % S::STAGES;
         if (block >= S::STAGES) fn_barrier_wait(at.drained + 8 * stage, (block / S::STAGES - 1) & 1);
         if (block >= early) load_weights(block);
-        fn_box_load(at.ring + stage * S::STAGE_BYTES, &args.a, (first + block) * FN_MM_TILE_K, row, at.filled + 8 * stage);
+        fn_box_load(at.ring + stage * S::STAGE_BYTES, &args.a, (first + block) * FN_MM_TILE_K, row,
+                    at.filled + 8 * stage);
     }
     let_dependents_start();
 }
@@ -152,8 +155,10 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
     wait_for_previous();
     fn_split_consume<S, IN>(at, (int)args.part_blocks, blocks, (int)rank, warp / 4, lane);
     if (rank >= S::OWNERS) return;
-    fn_barrier_wait_for_cluster(at.all_here, 0); /* no block leaves before it has all, so none writes to one that has gone */
-    const bool in_pairs = ((uint64_t)args.to.data | (uint64_t)args.to.stride) % (args.to.dtype == FN_FLOAT32 ? 8 : 4) == 0;
+    /* No block leaves before it has all, so none writes to one that has gone. */
+    fn_barrier_wait_for_cluster(at.all_here, 0);
+    const bool in_pairs =
+        ((uint64_t)args.to.data | (uint64_t)args.to.stride) % (args.to.dtype == FN_FLOAT32 ? 8 : 4) == 0;
 #pragma unroll
     for (int own = 0; own < S::OWN; own++) {
         const uint32_t from = at.received + (own * S::CONSUMERS + thread) * (uint32_t)sizeof(float4);

@@ -24,14 +24,15 @@ fn_mm_cut fn_mm_cut_of(int64_t n, int64_t k) {
 /* ---- shared memory ------------------------------------------------------------------------------------------------------ */
 
 /* The devices that let the kernel have all that a block can have. */
-static fn_cuda_devices allowed[2][FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS];
+static fn_cuda_devices allowed[2][FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS + 1];
 
 static fn_status allow(const fn_mm_tensor_kernels *table, const fn_mm_tensor_kernel *kernel, int32_t device,
                        int bytes) {
     const bool gate = kernel >= table->gate && kernel < table->gate + FN_MM_GATE_KERNELS;
-    fn_cuda_devices *const done =
-        &allowed[table == &fn_mm_f16][gate ? FN_MM_TILE_KERNELS + (kernel - table->gate) : kernel - table->tile];
-    return fn_cuda_allow_shared(done, device, kernel->function, bytes);
+    const ptrdiff_t number = kernel == &table->one ? FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS
+                             : gate                ? FN_MM_TILE_KERNELS + (kernel - table->gate)
+                                                   : kernel - table->tile;
+    return fn_cuda_allow_shared(&allowed[table == &fn_mm_f16][number], device, kernel->function, bytes);
 }
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------------- */
@@ -40,6 +41,16 @@ typedef struct {
     const fn_mm_tensor_kernel *kernel;
     int cluster, parts_each, threads, shared_bytes;
 } layout;
+
+/* A warp for each chunk of a part, a block for all parts. */
+static bool one_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
+                       const fn_cuda_properties *device, layout *found) {
+    const int64_t warps = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
+    if (plan->m != 1 || plan->k % 8 != 0 || warps > FN_MM_ONE_MOST_WARPS) return false;
+    const int bytes = (int)warps * table->one.shared_bytes + table->one.sums_bytes;
+    *found = (layout){&table->one, 1, cut->parts, 32 * (int)warps, bytes};
+    return bytes <= device->shared_bytes;
+}
 
 /* A warp for each chunk, a block for each part. */
 static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
@@ -50,8 +61,8 @@ static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *pla
     found->kernel = NULL;
     for (int i = 0; i < FN_MM_GATE_KERNELS; i++) {
         const fn_mm_tensor_kernel *kernel = &table->gate[i];
-        const int bytes = (int)warps * kernel->shared_bytes + FN_GATE_BARRIER_BYTES +
-                          cut->parts * (kernel->sums_bytes >> owner_bits);
+        const int bytes =
+            (int)warps * kernel->shared_bytes + FN_GATE_BARRIER_BYTES + cut->parts * (kernel->sums_bytes >> owner_bits);
         if (bytes > device->shared_bytes) break;
         *found = (layout){kernel, cut->parts, 1, 32 * (int)warps, bytes};
         if (kernel->tokens >= plan->m) break;
@@ -136,8 +147,10 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
     if (fn_mm_hopper_serves(plan, &cut, &device)) return fn_mm_run_hopper(plan, &cut, &device);
     layout chosen;
-    if (cut.parts == 1 || !whole || !gate_layout(table, plan, &cut, &device, &chosen))
-        tile_layout(table, plan, &cut, whole, &device, &chosen);
+    const bool few =
+        cut.parts > 1 && whole &&
+        (one_layout(table, plan, &cut, &device, &chosen) || gate_layout(table, plan, &cut, &device, &chosen));
+    if (!few) tile_layout(table, plan, &cut, whole, &device, &chosen);
     args.cluster = chosen.cluster;
     args.parts_each = chosen.parts_each;
     FN_TRY(allow(table, chosen.kernel, plan->device_id, device.shared_bytes));
@@ -168,6 +181,7 @@ fn_status fn_mm_tensor_warmup(void) {
     for (int t = 0; t < 2; t++) {
         for (int i = 0; i < FN_MM_TILE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->tile[i].function));
         for (int i = 0; i < FN_MM_GATE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->gate[i].function));
+        FN_TRY(fn_cuda_load(tables[t]->one.function));
     }
     return FN_OK;
 }

@@ -9,12 +9,13 @@ extern "C" {
 #endif
 
 enum {
-    FN_MM_STEP = 16,          /* k that a tensor core adds at once */
-    FN_MM_TILE_K = 64,        /* k of a tile in shared memory: rows of 128 bytes */
-    FN_MM_GATE_COLUMNS = 512, /* N up to which K is cut into parts and these into chunks; else it is one chunk */
-    FN_MM_GATE_CHUNK = 256,   /* docs/numerics.md has why. These four decide bits: frozen with the first release */
-    FN_MM_GATE_PARTS = 8,     /* at most, and no more blocks in a cluster */
+    FN_MM_STEP = 16,           /* k that a tensor core adds at once */
+    FN_MM_TILE_K = 64,         /* k of a tile in shared memory: rows of 128 bytes */
+    FN_MM_GATE_COLUMNS = 512,  /* N up to which K is cut into parts and these into chunks; else it is one chunk */
+    FN_MM_GATE_CHUNK = 256,    /* docs/numerics.md has why. These four decide bits: frozen with the first release */
+    FN_MM_GATE_PARTS = 8,      /* at most, and no more blocks in a cluster */
     FN_MM_GATE_MOST_WARPS = 4, /* of mm_gate.cuh: chunks in a part */
+    FN_MM_ONE_MOST_WARPS = 8,  /* of mm_one.cuh: the same */
     FN_GATE_BARRIER_BYTES = 16,
 };
 
@@ -52,8 +53,8 @@ typedef struct {
 typedef struct {
     const void *function;
     int weights, tokens, threads;
-    int shared_bytes; /* tile: with sums for 2 parts; gate: of a warp, without sums */
-    int sums_bytes;   /* of a part */
+    int shared_bytes; /* tile: with sums for 2 parts; gate, one: of a warp, without sums */
+    int sums_bytes;   /* of a part; one: of all */
     bool chunked;     /* serves K in parts and chunks; else in one */
     bool whole;       /* for operands that are; else for any */
 } fn_mm_tensor_kernel;
@@ -66,6 +67,7 @@ enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 4 };
 typedef struct {
     fn_mm_tensor_kernel tile[FN_MM_TILE_KERNELS];
     fn_mm_tensor_kernel gate[FN_MM_GATE_KERNELS]; /* a warp a chunk */
+    fn_mm_tensor_kernel one;                      /* one token, a warp the chunks of one number */
 } fn_mm_tensor_kernels;
 
 /* mm_bf16.cu, mm_f16.cu */

@@ -23,7 +23,8 @@ template <int WEIGHTS, int TOKENS, int STAGES, bool CHUNKED> struct fn_tile_byte
 template <fn_dtype D, int WEIGHTS, int TOKENS, int WARPS_W, int WARPS_T, int STAGES, bool CHUNKED, bool WHOLE>
 __global__ void __launch_bounds__(32 * WARPS_W * WARPS_T, 1) mm_tile(const __grid_constant__ fn_mm_tensor_args a) {
     constexpr int THREADS = 32 * WARPS_W * WARPS_T, OWN_W = WEIGHTS / WARPS_W, OWN_T = TOKENS / WARPS_T;
-    constexpr int TILE_BYTES = fn_tile_bytes<WEIGHTS, TOKENS, STAGES, CHUNKED>::one, SUMS = OWN_W / 16 * (OWN_T / 8) * 4;
+    constexpr int TILE_BYTES = fn_tile_bytes<WEIGHTS, TOKENS, STAGES, CHUNKED>::one,
+                  SUMS = OWN_W / 16 * (OWN_T / 8) * 4;
     using KEPT = fn_kept<WEIGHTS, TOKENS>;
     static_assert(KEPT::bytes <= STAGES * TILE_BYTES, "the sums fit where the tiles were");
     extern __shared__ __align__(128) char shared[];
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(32 * WARPS_W * WARPS_T, 1) mm_tile(const __gri
 
 #define FN_MM_TILE(D, WEIGHTS, TOKENS, WARPS_W, WARPS_T, STAGES, CHUNKED, WHOLE)                                       \
     (const void *)mm_tile<D, WEIGHTS, TOKENS, WARPS_W, WARPS_T, STAGES, CHUNKED, WHOLE>, WEIGHTS, TOKENS,              \
-        32 * (WARPS_W) * (WARPS_T), fn_tile_bytes<WEIGHTS, TOKENS, STAGES, CHUNKED>::all, fn_kept<WEIGHTS, TOKENS>::bytes,      \
-        CHUNKED, WHOLE
+        32 * (WARPS_W) * (WARPS_T), fn_tile_bytes<WEIGHTS, TOKENS, STAGES, CHUNKED>::all,                              \
+        fn_kept<WEIGHTS, TOKENS>::bytes, CHUNKED, WHOLE
 
 #endif

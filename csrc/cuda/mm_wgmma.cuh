@@ -17,7 +17,8 @@
 #include "mm_parts.cuh"
 
 /* A consumer's sums are 64 * BLOCKS_M x BN. IN_PARTS: K is cut; the consumers work together. Else it is not; they work in turns. */
-template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_, bool IN_PARTS_> struct fn_mm_shape {
+template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_, bool IN_PARTS_>
+struct fn_mm_shape {
     static constexpr int MB = BLOCKS_M, BN = BN_, STAGES = STAGES_, BUFFERS = BUFFERS_, CLUSTER = CLUSTER_;
     static constexpr bool SHARE_B = SHARE_B_, IN_PARTS = IN_PARTS_, TURNS = !IN_PARTS;
     static constexpr int GROUPS = 2, SHARERS = CLUSTER;
@@ -126,8 +127,7 @@ FN_DEVICE void fn_mm_consume(const fn_mm_prefill_args &args, uint32_t ring, uint
         int row, column;
         fn_mm_place<S>(args, unit, rank, &row, &column);
 #pragma unroll
-        for (int m = 0; m < S::MB; m++)
-            fn_mm_write<S>(args, sums[m], row + m * 64 + warp * 16, column, &staging, lane);
+        for (int m = 0; m < S::MB; m++) fn_mm_write<S>(args, sums[m], row + m * 64 + warp * 16, column, &staging, lane);
     }
     fn_stores_read<0>();
 }

@@ -12,7 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-
 fn_status fn_cuda_fail(const char *what, cudaError_t error) {
     (void)cudaGetLastError();
     return fn_fail(FN_ERROR_RUNTIME, "%s: %s (%s)", what, cudaGetErrorName(error), cudaGetErrorString(error));

@@ -121,21 +121,43 @@ static uint32_t chain(format type, const uint16_t *a, const uint16_t *b, int64_t
     return accumulator;
 }
 
-/* out[m][n] = a[m][k] times the transpose of b[n][k], all contiguous. Each chunk of K is a chain of steps from +0; the
- * chunks' sums are added in fp32, starting with the first. Both go in ascending order. chunk >= k: one chain. */
-void tensor_core_products(int dtype, int64_t m, int64_t n, int64_t k, int64_t chunk, const uint16_t *a,
+static uint32_t add(uint32_t total, uint32_t addend) {
+    float t, v;
+    memcpy(&t, &total, sizeof t);
+    memcpy(&v, &addend, sizeof v);
+    t += v;
+    memcpy(&total, &t, sizeof total);
+    return total;
+}
+
+static uint32_t part_sum(format type, const uint16_t *a, const uint16_t *b, int64_t begin, int64_t end, int64_t chunk) {
+    uint32_t total = 0;
+    for (int64_t at = begin; at < end; at += chunk) {
+        const uint32_t sum = chain(type, a + at, b + at, end - at < chunk ? end - at : chunk);
+        total = at == begin ? sum : add(total, sum);
+    }
+    return total;
+}
+
+static uint32_t half_sum(format type, const uint16_t *a, const uint16_t *b, int64_t begin, int64_t end, int64_t part,
+                         int64_t chunk) {
+    uint32_t total = 0;
+    for (int64_t at = begin; at < end; at += part) {
+        const uint32_t sum = part_sum(type, a, b, at, end - at < part ? end : at + part, chunk);
+        total = at == begin ? sum : add(total, sum);
+    }
+    return total;
+}
+
+/* out[m][n] = a[m][k] times the transpose of b[n][k], all contiguous. K is cut into parts, and these into chunks, each a chain of
+ * steps from +0. Sums are added in fp32: a part's chunks, the first 4 parts, the others, and these two. chunk >= k: one chain. */
+void tensor_core_products(int dtype, int64_t m, int64_t n, int64_t k, int64_t part, int64_t chunk, const uint16_t *a,
                           const uint16_t *b, uint32_t *out) {
     const format type = formats[dtype];
+    const int64_t middle = k / 4 < part ? k : 4 * part;
     for (int64_t i = 0; i < m * n; i++) {
         const uint16_t *const row = a + i / n * k, *const column = b + i % n * k;
-        out[i] = chain(type, row, column, k < chunk ? k : chunk);
-        for (int64_t at = chunk; at < k; at += chunk) {
-            const uint32_t part = chain(type, row + at, column + at, k - at < chunk ? k - at : chunk);
-            float total, addend;
-            memcpy(&total, &out[i], sizeof total);
-            memcpy(&addend, &part, sizeof addend);
-            total += addend;
-            memcpy(&out[i], &total, sizeof total);
-        }
+        out[i] = half_sum(type, row, column, 0, middle, part, chunk);
+        if (middle < k) out[i] = add(out[i], half_sum(type, row, column, middle, k, part, chunk));
     }
 }
