@@ -6,9 +6,10 @@
  * and column i, and of row 8 + i and column i, are part i's; the others are dropped. A warp has the chunks of one
  * number.
  *
- * Within a step each k has the place that it has in the other kernels: tensor cores before compute capability 9.0 add a
- * step in two halves. What a chunk lacks of its length is steps of zeros. Where there is no chunk the sum is -0, to
- * which everything may be added and is left as it was.
+ * Each lane copies what it gives to the steps, and a step begins as soon as its operands are there. Where a k stands within
+ * a step is for the lanes to choose, alike for weights and token: compute capability 9.0 adds a step's 16 products at once
+ * (older ones in two halves: this kernel is not for them). What a chunk lacks of its length is steps of zeros. Where there
+ * is no chunk the sum is -0, to which everything may be added and is left as it was.
  *
  * Moves: the weights once, the token once for every two weights, out once.
  */
@@ -27,12 +28,6 @@ enum {
     FN_ONE_SUMS = FN_ONE_WEIGHTS * FN_MM_GATE_PARTS * 4, /* of a warp: weight by weight, of each the parts' */
     FN_ONE_KEPT = FN_MM_ONE_MOST_WARPS * FN_ONE_SUMS,
 };
-
-/* Where a unit of a part's chunk lies in a load, so that neither 8 lanes' copies nor the 8 rows of a matrix, the same
- * unit of each part, meet in a bank. */
-FN_DEVICE uint32_t one_unit_at(uint32_t load, int part, int unit) {
-    return load + unit * (FN_MM_GATE_PARTS * FN_UNIT) + ((part ^ 2 * unit) << 4);
-}
 
 /* What a lane brings of its part's chunk: of every load one unit of both weights and of the token. */
 struct fn_one_copies {
@@ -64,22 +59,35 @@ struct fn_one_copies {
     }
 };
 
-/* Where a lane's row of a matrix lies, in the first load: of the weights for its two steps, of the token. */
-struct fn_one_matrices {
-    uint32_t weights[2], token;
-};
+/* A unit's elements by steps. Of 4 lanes the first two have the first step, the others the second: each gives half of its own
+ * to the lane two further, for half of that one's. */
+FN_DEVICE void own_steps(uint32_t step[2][2], uint32_t at) {
+    uint32_t own[4];
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(own[0]), "=r"(own[1]), "=r"(own[2]), "=r"(own[3])
+                 : "r"(at)
+                 : "memory");
+    const bool second = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t other = __shfl_xor_sync(0xffffffffu, second ? own[i] : own[2 + i], 2);
+        step[0][i] = second ? other : own[i];
+        step[1][i] = second ? own[2 + i] : other;
+    }
+}
 
-/* Load by load, each waited for on its own: a step begins as soon as its operands are there. */
-template <int LOAD, fn_dtype D> FN_DEVICE void add_loads(float sums[4], const fn_one_matrices &at) {
+/* Load by load, each waited for on its own. `at`: the lane's units. */
+template <int LOAD, fn_dtype D> FN_DEVICE void add_loads(float sums[4], uint32_t at) {
     if constexpr (LOAD < FN_ONE_LOADS) {
         wait_for_copies<FN_ONE_LOADS - 1 - LOAD>();
-        __syncwarp();
-        uint32_t weights[2][4], token[4];
+        uint32_t v[3][2][2];
 #pragma unroll
-        for (int step = 0; step < 2; step++) load_matrices(weights[step], at.weights[step] + LOAD * FN_ONE_LOAD);
-        load_matrices(token, at.token + LOAD * FN_ONE_LOAD);
+        for (int row = 0; row < 3; row++) own_steps(v[row], at + row * FN_ONE_ROW + LOAD * FN_ONE_LOAD);
 #pragma unroll
-        for (int step = 0; step < 2; step++) add_step<D>(sums, weights[step], token + 2 * step);
+        for (int s = 0; s < 2; s++) {
+            const uint32_t w[4] = {v[0][s][0], v[1][s][0], v[0][s][1], v[1][s][1]};
+            add_step<D>(sums, w, v[2][s]);
+        }
         add_loads<LOAD + 1, D>(sums, at);
     }
 }
@@ -115,7 +123,7 @@ __global__ void __launch_bounds__(32 * FN_MM_ONE_MOST_WARPS, 1) mm_one(const __g
     const char *const first = a.weights.data + weight * a.weights.row_stride + at_k;
     const fn_one_copies copies = {{first, both ? first + a.weights.row_stride : first},
                                   a.tokens.data + at_k,
-                                  one_unit_at(operands, part, unit),
+                                  operands + lane * FN_UNIT,
                                   left - unit * 8};
     if (a.early) copies.run<true>();
     else copies.run<false>();
@@ -124,10 +132,7 @@ __global__ void __launch_bounds__(32 * FN_MM_ONE_MOST_WARPS, 1) mm_one(const __g
     float bias = 0;
     if (a.bias && writes) bias = load_element(a.bias + (weight + threadIdx.x) * a.bias_stride, a.bias_dtype);
     float sums[4] = {};
-    /* Lane 8 i + r has row r, that of part r, of matrix i: of the weights one unit of both, then the next. */
-    const uint32_t matrix = operands + lane / 8 % 2 * FN_ONE_ROW;
-    add_loads<0, D>(sums, {{one_unit_at(matrix, lane % 8, lane / 16), one_unit_at(matrix, lane % 8, lane / 16 + 2)},
-                           one_unit_at(operands + FN_ONE_WEIGHTS * FN_ONE_ROW, lane % 8, lane / 8)});
+    add_loads<0, D>(sums, copies.to);
     if (unit == part / 2) { /* row `part` and column `part`, and row 8 + part */
 #pragma unroll
         for (int w = 0; w < FN_ONE_WEIGHTS; w++) {

@@ -46,7 +46,8 @@ typedef struct {
 static bool one_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
                        const fn_cuda_properties *device, layout *found) {
     const int64_t warps = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
-    if (plan->m != 1 || plan->k % 8 != 0 || warps > FN_MM_ONE_MOST_WARPS) return false;
+    if (!device->exactly_90 || plan->m != 1 || plan->k % 8 != 0 || warps > FN_MM_ONE_MOST_WARPS) return false;
+    if (plan->n > (int64_t)table->one.weights * device->multiprocessors) return false; /* a second round is slower */
     const int bytes = (int)warps * table->one.shared_bytes + table->one.sums_bytes;
     *found = (layout){&table->one, 1, cut->parts, 32 * (int)warps, bytes};
     return bytes <= device->shared_bytes;
