@@ -3,6 +3,7 @@
 #include "mm_fma.h"
 #include "cuda.h"
 
+#include <assert.h>
 #include <stdlib.h>
 
 enum { MOST_TILES = 1 << 15, PANEL = 16 }; /* tiles of a launch, along each side */
@@ -37,20 +38,38 @@ static bool has_whole_groups(const fn_mm_fma_args *args) {
            is_multiple((uint64_t)(uintptr_t)args->out | (uint64_t)(args->rows.rows > 1 ? args->out_stride[0] : 0), 16);
 }
 
-/* Rounds of blocks that the device makes, times the chunks of each. */
-static int64_t chunks_in_time(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks, int cluster_bits,
-                              const fn_cuda_properties *device) {
-    const int64_t at_once = (int64_t)device->multiprocessors * kernel->resident;
-    return fn_divide_up(tiles << cluster_bits, at_once) * fn_divide_up(chunks, (int64_t)1 << cluster_bits);
+static fn_cuda_launch launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_mm_fma_args *args,
+                                int64_t tiles, int cluster_bits) {
+    return (fn_cuda_launch){.kernel = kernel->function,
+                            .args = args,
+                            .blocks = (unsigned)(tiles << cluster_bits),
+                            .outer_blocks = 1,
+                            .threads = (unsigned)kernel->threads,
+                            .cluster = 1 << cluster_bits,
+                            .shared_bytes = kernel->shared_bytes,
+                            .device = plan->device_id,
+                            .stream = plan->stream};
 }
 
-static int choose_cluster_bits(const fn_mm_fma_kernel *kernel, int64_t tiles, int64_t chunks,
-                               const fn_cuda_properties *device) {
-    int best = 0;
-    for (int bits = 1; device->clusters && 1 << bits <= FN_MM_FMA_MOST_BLOCKS; bits++)
-        if (chunks_in_time(kernel, tiles, chunks, bits, device) < chunks_in_time(kernel, tiles, chunks, best, device))
-            best = bits;
-    return best;
+/* The cluster for a tile whose blocks have the fewest chunks to do, one after the other: those of a block, times the rounds of
+ * clusters that the device makes. */
+static fn_status choose_cluster(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, int64_t tiles,
+                                const fn_cuda_properties *device, int32_t *cluster_bits) {
+    enum { SIZES = 4 };
+    static_assert(1 << (SIZES - 1) == FN_MM_FMA_MOST_BLOCKS, "");
+    static fn_cuda_counts known[FN_MM_FMA_KERNELS][SIZES];
+    const int64_t chunks = fn_divide_up(plan->k, FN_MM_CHUNK);
+    int64_t least = fn_divide_up(tiles, (int64_t)device->multiprocessors * kernel->resident) * chunks;
+    *cluster_bits = 0;
+    for (int bits = 1; device->clusters && bits < SIZES; bits++) {
+        const fn_cuda_launch launch = launch_of(plan, kernel, NULL, 1, bits);
+        int at_once = 0;
+        FN_TRY(fn_cuda_clusters_at_once(&known[kernel - fn_mm_fma_kernels][bits], &launch, &at_once));
+        if (at_once < 1) continue;
+        const int64_t one_by_one = fn_divide_up(tiles, at_once) * fn_divide_up(chunks, (int64_t)1 << bits);
+        if (one_by_one < least) least = one_by_one, *cluster_bits = bits;
+    }
+    return FN_OK;
 }
 
 static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
@@ -65,17 +84,13 @@ static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kerne
     args->column_tiles = (uint32_t)fn_divide_up(args->columns.rows, kernel->columns);
     args->panel = args->row_tiles < PANEL ? args->row_tiles : PANEL;
     const int64_t tiles = (int64_t)args->row_tiles * args->column_tiles;
-    args->cluster_bits = choose_cluster_bits(kernel, tiles, fn_divide_up(plan->k, FN_MM_CHUNK), device);
+    static fn_cuda_devices allowed[FN_MM_FMA_KERNELS];
+    FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_mm_fma_kernels], plan->device_id, kernel->function,
+                                kernel->shared_bytes));
+    FN_TRY(choose_cluster(plan, kernel, tiles, device, &args->cluster_bits));
     set_steps(&args->rows, kernel->k, args->cluster_bits);
     set_steps(&args->columns, kernel->k, args->cluster_bits);
-    const fn_cuda_launch launch = {.kernel = kernel->function,
-                                   .args = args,
-                                   .blocks = (unsigned)(tiles << args->cluster_bits),
-                                   .outer_blocks = 1,
-                                   .threads = (unsigned)kernel->threads,
-                                   .cluster = 1 << args->cluster_bits,
-                                   .device = plan->device_id,
-                                   .stream = plan->stream};
+    const fn_cuda_launch launch = launch_of(plan, kernel, args, tiles, args->cluster_bits);
     return fn_cuda_run("CUDA mm kernel", &launch);
 }
 

@@ -47,7 +47,8 @@ typedef struct {
     const void *function;
     int rows, columns, k; /* of a tile */
     int threads;
-    int resident; /* blocks that a multiprocessor holds */
+    int resident; /* blocks that a multiprocessor holds, if its shared memory is a Hopper's */
+    int shared_bytes;
 } fn_mm_fma_kernel;
 
 enum { FN_MM_FMA_KERNELS = 3, FN_MM_FMA_MOST_BLOCKS = 8, FN_MM_LANES = 16, FN_MM_CHUNK = 1024 };
