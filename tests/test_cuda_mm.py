@@ -320,6 +320,26 @@ def test_zeros_do_not_depend_on_the_batch(dtype: str) -> None:
     compared.check()
 
 
+@pytest.mark.parametrize("k", [64, 250, 256, 320, 1088, 2880])
+def test_a_sum_that_vanishes_is_plus_zero(k: int) -> None:
+    """Negative sums below the least number, before any number of steps that add nothing."""
+    compared = Comparison()
+    tiny = 2.0**-76
+    ends = sorted({min(end, k) - 1 for end in (16, 250, 256, 320, 512, 1088, 2880)})
+    a = torch.zeros(300, k, dtype=torch.bfloat16, device="cuda")
+    for row in range(300):
+        a[row, [end for number, end in enumerate(ends) if row >> number & 1]] = -tiny
+    for n in (3, 100, 512, 600):
+        b = torch.full((n, k), tiny, dtype=a.dtype, device="cuda")
+        zeros = torch.zeros(300, n, device="cuda")
+        for m in (1, 20, 33, 129, 300):
+            results = torch.cat([product(piece, b.T) for piece in a[: 40 if m == 1 else 300].split(m)])
+            compared.add((n, k, m), results, zeros[: len(results)])
+        minus = torch.full((n,), -0.0, device="cuda")
+        compared.add((n, k, "bias"), product(a, b.T, bias=minus), zeros)
+    compared.check()
+
+
 # ---- accuracy, and the bits of others ----
 
 

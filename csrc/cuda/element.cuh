@@ -48,4 +48,8 @@ FN_DEVICE void store_element(char *at, float value, fn_dtype dtype) {
     store_bits(at, bits, bytes_of(dtype));
 }
 
+/* A tensor core's sum that vanished below the least number may be -0, and a further step of zeros makes it +0. So that the number
+ * of such steps, which kernels are free in, decides no bit, a total of 0 is +0. */
+FN_DEVICE float without_minus_zero(float sum) { return fn_add(sum, 0.0f); }
+
 #endif

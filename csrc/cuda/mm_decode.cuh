@@ -88,7 +88,7 @@ FN_DEVICE void fn_decode_store(const fn_mm_out &to, const float *sums, uint32_t 
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (token + 8 * j + i >= to.rows) continue;
-                float v = sums[4 * j + 2 * half + i];
+                float v = without_minus_zero(sums[4 * j + 2 * half + i]);
                 if (to.bias) v = fn_add(v, bias);
                 char *place = there + (8 * j + i) * to.stride;
                 if constexpr (WIDE) *(float *)place = v;

@@ -6,7 +6,7 @@
 #include <assert.h>
 #include <stdlib.h>
 
-enum { MOST_TILES = 1 << 15, PANEL = 16 }; /* tiles of a launch, along each side */
+enum { MOST_TILES = 1 << 13, PANEL = 16 }; /* tiles of a launch, along each side */
 
 static bool is_multiple(uint64_t address_or_stride, int size) { return address_or_stride % (uint64_t)size == 0; }
 
@@ -59,7 +59,9 @@ static fn_status choose_cluster(const fn_mm_plan *plan, const fn_mm_fma_kernel *
     static_assert(1 << (SIZES - 1) == FN_MM_FMA_MOST_BLOCKS, "");
     static fn_cuda_counts known[FN_MM_FMA_KERNELS][SIZES];
     const int64_t chunks = fn_divide_up(plan->k, FN_MM_CHUNK);
-    int64_t least = fn_divide_up(tiles, (int64_t)device->multiprocessors * kernel->resident) * chunks;
+    const int room = device->shared_bytes / (kernel->shared_bytes + FN_MM_FMA_BLOCK_BYTES);
+    const int resident = room < 1 ? 1 : room < kernel->resident ? room : kernel->resident;
+    int64_t least = fn_divide_up(tiles, (int64_t)device->multiprocessors * resident) * chunks;
     *cluster_bits = 0;
     for (int bits = 1; device->clusters && bits < SIZES; bits++) {
         const fn_cuda_launch launch = launch_of(plan, kernel, NULL, 1, bits);

@@ -47,11 +47,17 @@ typedef struct {
     const void *function;
     int rows, columns, k; /* of a tile */
     int threads;
-    int resident; /* blocks that a multiprocessor holds, if its shared memory is a Hopper's */
+    int resident; /* blocks that a multiprocessor holds, if it has the shared memory */
     int shared_bytes;
 } fn_mm_fma_kernel;
 
-enum { FN_MM_FMA_KERNELS = 3, FN_MM_FMA_MOST_BLOCKS = 8, FN_MM_LANES = 16, FN_MM_CHUNK = 1024 };
+enum {
+    FN_MM_FMA_KERNELS = 3,
+    FN_MM_FMA_MOST_BLOCKS = 8,
+    FN_MM_LANES = 16,
+    FN_MM_CHUNK = 1024,
+    FN_MM_FMA_BLOCK_BYTES = 1024 /* that a block has besides */
+};
 
 /* By the rows of a tile, ascending. */
 extern const fn_mm_fma_kernel fn_mm_fma_kernels[FN_MM_FMA_KERNELS];

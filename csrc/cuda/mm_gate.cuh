@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(32 * FN_MM_GATE_MOST_WARPS, 1) mm_gate(const _
 #pragma unroll
         for (int tile = 0; tile < FN_GATE_TILES; tile++)
             weights_from.copy(weights + tile * WEIGHTS * FN_TILE_ROW, k + tile * FN_MM_TILE_K);
+    __syncwarp();
     fn_cluster_arrive_relaxed(); /* a block is written to once it has begun */
     wait_for_previous();
     if (inner) {

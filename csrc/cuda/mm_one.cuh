@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(32 * FN_MM_ONE_MOST_WARPS, 1) mm_one(const __g
     const int chunks = (part_k + FN_MM_GATE_CHUNK - 1) / FN_MM_GATE_CHUNK;
     float total = chunks <= FN_MM_ONE_MOST_WARPS / 2 ? fold_chunks<FN_MM_ONE_MOST_WARPS / 2>(at, chunks)
                                                      : fold_chunks<FN_MM_ONE_MOST_WARPS>(at, chunks);
+    total = without_minus_zero(total);
     if (a.bias) total = fn_add(total, bias);
     store_element(a.out + (weight + threadIdx.x) * a.out_weight_stride, total, a.out_dtype);
 }

@@ -99,6 +99,8 @@ FN_DEVICE void fn_split_consume(const fn_split_memory &at, int part_blocks, int 
 FN_DEVICE void fn_store_pair(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, float low, float high) {
     if (row >= to.rows || column >= to.columns) return;
     char *const there = to.data + (int64_t)row * to.stride + (int64_t)column * (to.dtype == FN_FLOAT32 ? 4 : 2);
+    low = without_minus_zero(low);
+    high = without_minus_zero(high);
     if (to.bias) {
         low = fn_add(low, fn_mm_bias(to, column));
         high = fn_add(high, fn_mm_bias(to, column + 1));

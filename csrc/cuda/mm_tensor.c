@@ -53,11 +53,34 @@ static bool one_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan
     return bytes <= device->shared_bytes;
 }
 
+/* The largest cluster of blocks with all shared memory that the device can hold; 1: none. */
+static fn_status largest_cluster(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan,
+                                 const fn_cuda_properties *device, int *blocks) {
+    static fn_cuda_counts known[2][FN_MM_GATE_PARTS + 1];
+    const fn_mm_tensor_kernel *kernel = &table->gate[0];
+    *blocks = 1;
+    if (!device->clusters) return FN_OK;
+    FN_TRY(allow(table, kernel, plan->device_id, device->shared_bytes));
+    for (int size = FN_MM_GATE_PARTS; size > 1 && *blocks == 1; size--) {
+        int clusters = 0;
+        const fn_cuda_launch launch = {.kernel = kernel->function,
+                                       .blocks = (unsigned)size,
+                                       .outer_blocks = 1,
+                                       .threads = 32 * FN_MM_GATE_MOST_WARPS,
+                                       .cluster = size,
+                                       .shared_bytes = device->shared_bytes,
+                                       .device = plan->device_id};
+        FN_TRY(fn_cuda_clusters_at_once(&known[table == &fn_mm_f16][size], &launch, &clusters));
+        if (clusters > 0) *blocks = size;
+    }
+    return FN_OK;
+}
+
 /* A warp for each chunk, a block for each part. */
 static bool gate_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
-                        const fn_cuda_properties *device, layout *found) {
+                        const fn_cuda_properties *device, int largest, layout *found) {
     const int64_t warps = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
-    if (!device->clusters || plan->m > GATE_TOKENS || warps > FN_MM_GATE_MOST_WARPS) return false;
+    if (cut->parts > largest || plan->m > GATE_TOKENS || warps > FN_MM_GATE_MOST_WARPS) return false;
     const int owner_bits = 31 - __builtin_clz((unsigned)cut->parts);
     found->kernel = NULL;
     for (int i = 0; i < FN_MM_GATE_KERNELS; i++) {
@@ -89,16 +112,17 @@ static int64_t blocks_of(const fn_mm_tensor_kernel *kernel, const fn_mm_plan *pl
 }
 
 static void tile_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut, bool whole,
-                        const fn_cuda_properties *device, layout *found) {
+                        const fn_cuda_properties *device, int largest, layout *found) {
     const bool chunked = cut->parts > 1;
     const fn_mm_tensor_kernel *kernel = find_tile(table, chunked, whole, plan->m, device);
     /* Larger tiles read less, but leave multiprocessors idle when they are few. */
     while (kernel->tokens > 64 && blocks_of(kernel, plan) < device->multiprocessors * 3 / 4)
         kernel = find_tile(table, chunked, whole, kernel->tokens / 2, device);
     *found = (layout){kernel, 1, cut->parts, kernel->threads, kernel->shared_bytes};
-    if (!chunked || !device->clusters) return;
+    if (!chunked) return;
     int64_t cluster = device->multiprocessors / blocks_of(kernel, plan);
     if (cluster > cut->parts) cluster = cut->parts;
+    if (cluster > largest) cluster = largest;
     if (cluster < 2) return;
     const int64_t each = fn_divide_up(cut->parts, cluster), more = each > 2 ? each - 2 : 0;
     const int64_t bytes = kernel->shared_bytes + more * kernel->sums_bytes;
@@ -148,10 +172,12 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
     if (fn_mm_hopper_serves(plan, &cut, &device)) return fn_mm_run_hopper(plan, &cut, &device);
     layout chosen;
+    int largest = 1;
+    if (cut.parts > 1) FN_TRY(largest_cluster(table, plan, &device, &largest));
     const bool few =
         cut.parts > 1 && whole &&
-        (one_layout(table, plan, &cut, &device, &chosen) || gate_layout(table, plan, &cut, &device, &chosen));
-    if (!few) tile_layout(table, plan, &cut, whole, &device, &chosen);
+        (one_layout(table, plan, &cut, &device, &chosen) || gate_layout(table, plan, &cut, &device, largest, &chosen));
+    if (!few) tile_layout(table, plan, &cut, whole, &device, largest, &chosen);
     args.cluster = chosen.cluster;
     args.parts_each = chosen.parts_each;
     FN_TRY(allow(table, chosen.kernel, plan->device_id, device.shared_bytes));

@@ -84,6 +84,8 @@ template <typename S>
 FN_DEVICE void fn_mm_write(const fn_mm_prefill_args &args, float sums[S::BN / 2], int row, int column,
                            fn_staging *staging, int lane) {
     fn_keep_sums<S::BN / 2>(sums);
+#pragma unroll
+    for (int i = 0; i < S::BN / 2; i++) sums[i] = without_minus_zero(sums[i]);
     if (args.to.dtype == FN_FLOAT32)
         fn_store_sums<S::BN, S::BUFFERS, true>(&args.out, args.to, sums, row, column, staging, lane);
     else fn_store_sums<S::BN, S::BUFFERS, false>(&args.out, args.to, sums, row, column, staging, lane);

@@ -206,6 +206,7 @@ FN_DEVICE void keep_sums(uint32_t kept, int pitch, int weight, int token, float 
 /* out(token, weight...) = round(sums + bias) */
 FN_DEVICE void store_sums(const fn_mm_tensor_args &a, float4 v, int64_t weight, int64_t token) {
     char *to = a.out + token * a.out_token_stride + weight * a.out_weight_stride;
+    v = make_float4(without_minus_zero(v.x), without_minus_zero(v.y), without_minus_zero(v.z), without_minus_zero(v.w));
     if (!a.out_whole || a.bias || weight + 4 > a.weights.rows) {
 #pragma unroll 1
         for (const int64_t end = weight + 4 < a.weights.rows ? weight + 4 : a.weights.rows; weight < end; weight++) {

@@ -189,7 +189,12 @@ fn_status fn_cuda_clusters_at_once(fn_cuda_counts *known, const fn_cuda_launch *
     configuration c;
     configure(&c, launch, false);
     FN_CUDA_TRY("CUDA device", enter_device(launch->device, &previous));
-    const cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
+    cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
+    if (error == cudaErrorInvalidClusterSize) { /* the device has no such clusters at all */
+        (void)cudaGetLastError();
+        error = cudaSuccess;
+        *clusters = 0;
+    }
     leave_device(launch->device, previous);
     FN_CUDA_TRY("CUDA kernel", error);
     atomic_store_explicit(kept, (int16_t)(*clusters < INT16_MAX ? *clusters + 1 : INT16_MAX), memory_order_relaxed);
