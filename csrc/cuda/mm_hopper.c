@@ -10,8 +10,9 @@
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
-    DECODE_TOKENS = 64,    /* rows of a up to which the weights are read at the speed of the memory, or nearly */
-    GATE_TOKENS = 32,      /* rows of a up to which mm_gate.cuh is faster, where K is cut */
+    DECODE_TOKENS = 64, /* rows of a up to which the weights are read at the speed of the memory, or nearly */
+    GATE_TOKENS = 32,   /* rows of a up to which mm_gate.cuh is faster, where K is cut */
+    DECODE_MOST_TOKENS = 512,
     DECODE_MOST_ROWS = 64, /* of the weights in a tile */
     DECODE_LEAST_ROWS = 16,
     DECODE_ROW_STEP = 8,
@@ -54,6 +55,7 @@ static const fn_mm_decode_kernel *find_decode(const fn_mm_plan *plan, const fn_c
     const fn_mm_decode_kernel *kernel = table->decode;
     while (kernel->tokens < plan->m && kernel < table->decode + FN_MM_DECODE_KERNELS - 1) kernel++;
     if (plan->m <= DECODE_TOKENS) return kernel;
+    if (plan->m > DECODE_MOST_TOKENS) return NULL; /* turns are no measure where there are many */
     const int64_t rows = decode_rows(plan->n, device->multiprocessors);
     const int64_t decode = fn_divide_up(plan->n, rows * kernel->cluster) * fn_divide_up(plan->m, kernel->tokens);
     const int64_t prefill = fn_divide_up(plan->n, table->prefill.unit_n) * fn_divide_up(plan->m, table->prefill.unit_m);
