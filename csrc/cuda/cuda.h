@@ -47,9 +47,9 @@ typedef struct {
 /* Lets a kernel have so much shared memory, on the device; `done`, one for each kernel, keeps on which devices it has. */
 fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes);
 
-/* How many clusters of the launch's kernel, threads and shared memory the device can hold at once; `known`, one for each such,
+/* How many clusters of the launch's kernel, threads and shared memory the device can hold at once; `asked`, one for each such,
  * keeps what was asked for before. */
-fn_status fn_cuda_clusters_at_once(fn_cuda_counts *known, const fn_cuda_launch *launch, int *clusters);
+fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *launch, int *clusters);
 
 /* Makes the device and its context current, for calls of the driver; `previous` is what fn_cuda_leave takes. */
 fn_status fn_cuda_enter(int32_t device, int *previous);

@@ -181,8 +181,8 @@ fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void
     return FN_OK;
 }
 
-fn_status fn_cuda_clusters_at_once(fn_cuda_counts *known, const fn_cuda_launch *launch, int *clusters) {
-    _Atomic int16_t none = 0, *const kept = launch->device < FN_CUDA_MOST_DEVICES ? &known->of[launch->device] : &none;
+fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *launch, int *clusters) {
+    _Atomic int16_t none = 0, *const kept = launch->device < FN_CUDA_MOST_DEVICES ? &asked->of[launch->device] : &none;
     *clusters = atomic_load_explicit(kept, memory_order_relaxed) - 1;
     if (*clusters >= 0) return FN_OK;
     int previous = 0;
