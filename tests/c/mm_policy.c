@@ -1,0 +1,209 @@
+/* mm_policy.c: which kernel a product of 16-bit operands takes, without a GPU: csrc/cuda/mm_tensor.c and mm_hopper.c over a
+ * stand-in for csrc/cuda/runtime.c, that knows what fits on an H200 (or less), and tables of kernels that are their names.
+ */
+#include "check.h"
+#include "cuda/mm_hopper.h"
+#include "cuda/tensor_map.h"
+
+#include <stdarg.h>
+
+/* ---- a device ---------------------------------------------------------------------------------------------------------- */
+
+static fn_cuda_properties device;
+static int largest_cluster;
+static fn_cuda_launch last;
+static int launches;
+
+#define DTYPE_ROW(symbol, name, bytes, letter, epsilon) [symbol] = {name, bytes, letter, epsilon},
+const fn_dtype_info fn_dtypes[FN_DTYPE_COUNT] = {FN_FOR_EACH_DTYPE(DTYPE_ROW)};
+
+fn_status fn_fail(fn_status status, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vfprintf(stderr, format, args);
+    va_end(args);
+    return status;
+}
+
+fn_status fn_cuda_properties_of(int32_t number, fn_cuda_properties *properties) {
+    (void)number;
+    *properties = device;
+    return FN_OK;
+}
+
+fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
+    (void)function;
+    last = *launch;
+    launches++;
+    return FN_OK;
+}
+
+fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t number, const void *kernel, int bytes) {
+    (void)done, (void)number, (void)kernel, (void)bytes;
+    return FN_OK;
+}
+
+/* As cudaOccupancyMaxActiveClusters says of an H200. */
+fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *launch, int *clusters) {
+    static const int alone[] = {0, 132, 66, 39, 30, 22, 17, 15, 15}, in_pairs[] = {0, 264, 132, 79, 62, 47, 39, 32, 30};
+    (void)asked;
+    *clusters = (launch->shared_bytes < 113 << 10 ? in_pairs : alone)[launch->cluster];
+    if (launch->cluster > largest_cluster) *clusters = 0;
+    return FN_OK;
+}
+
+fn_status fn_cuda_enter(int32_t number, int *previous) {
+    *previous = number;
+    return FN_OK;
+}
+
+void fn_cuda_leave(int32_t number, int previous) { (void)number, (void)previous; }
+
+fn_status fn_cuda_load(const void *kernel) {
+    (void)kernel;
+    return FN_OK;
+}
+
+fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, int box_rows) {
+    (void)map, (void)source, (void)box_rows;
+    return FN_OK;
+}
+
+bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->row_stride % 16 == 0; }
+
+/* ---- kernels: the sizes of mm_bf16.cu and mm_hopper_bf16_sm90a.cu -------------------------------------------------------- */
+
+#define SUMS(W, T) ((T) * ((W) + 4) * 4)
+#define TILE(W, T, THREADS, STAGES, CHUNKED, WHOLE)                                                                    \
+    {"tile " #W "x" #T, W,       T,    THREADS, (STAGES) * ((W) + (T)) * 128 + ((CHUNKED) ? 2 * SUMS(W, T) : 0),       \
+     SUMS(W, T),        CHUNKED, WHOLE}
+#define GATE(W, T) {"gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true}
+#define TENSOR_KERNELS                                                                                                 \
+    {                                                                                                                  \
+        {TILE(32, 8, 64, 8, false, true),   TILE(32, 16, 64, 8, false, true),    TILE(32, 32, 64, 8, false, true),     \
+         TILE(64, 64, 128, 6, false, true), TILE(128, 128, 256, 3, false, true), TILE(16, 8, 32, 8, true, true),       \
+         TILE(16, 32, 32, 6, true, true),   TILE(64, 64, 128, 4, true, true),    TILE(64, 128, 256, 4, true, true),    \
+         TILE(32, 8, 64, 4, false, false),  TILE(64, 64, 128, 3, false, false),  TILE(16, 8, 32, 4, true, false),      \
+         TILE(64, 64, 128, 3, true, false)},                                                                           \
+            {GATE(16, 8), GATE(16, 16), GATE(16, 32), GATE(32, 32)}, {                                                 \
+            "one", 2, 1, 32, 12288, 512, true, true                                                                    \
+        }                                                                                                              \
+    }
+#define SPLIT(T, W, STAGES, CLUSTER, RESIDENT, RECEIVED)                                                               \
+    {"split " #T "x" #W " by " #CLUSTER,                                                                               \
+     T,                                                                                                                \
+     W,                                                                                                                \
+     (T) / 64 * 128 + ((CLUSTER) < 8 ? 128 : 32),                                                                      \
+     CLUSTER,                                                                                                          \
+     RESIDENT,                                                                                                         \
+     (STAGES) * ((T) + (W)) * 128 + (RECEIVED) * 1024 + 1200}
+#define HOPPER_KERNELS                                                                                                 \
+    {                                                                                                                  \
+        {{"decode", 8, 1}, {"decode", 16, 1}, {"decode", 32, 1}, {"decode", 64, 1}, {"decode", 128, 2}},               \
+            {"prefill", 256, 128, 128, 64, 230000, 2}, {"parts", 256, 128, 128, 64, 230480, 2}, {                      \
+            SPLIT(64, 16, 8, 8, 2, 16), SPLIT(64, 32, 7, 8, 2, 16), SPLIT(64, 64, 5, 8, 2, 16),                        \
+                SPLIT(128, 64, 3, 8, 2, 32), SPLIT(128, 128, 5, 8, 1, 64), SPLIT(128, 64, 7, 4, 1, 48),                \
+                SPLIT(128, 128, 4, 4, 1, 96), SPLIT(128, 64, 7, 2, 1, 32), SPLIT(128, 128, 5, 2, 1, 64),               \
+        }                                                                                                              \
+    }
+
+const fn_mm_tensor_kernels fn_mm_bf16 = TENSOR_KERNELS, fn_mm_f16 = TENSOR_KERNELS;
+const fn_mm_hopper_kernels fn_mm_hopper_bf16 = HOPPER_KERNELS, fn_mm_hopper_f16 = HOPPER_KERNELS;
+
+/* ---- questions --------------------------------------------------------------------------------------------------------- */
+
+/* The last launch's kernel; `gap`: elements between rows, for layouts that the copy engine cannot read. */
+static const char *ask(int64_t m, int64_t n, int64_t k, int gap) {
+    static char memory[64] __attribute__((aligned(64)));
+    const int64_t row = (k + 7) / 8 * 16 + 2 * gap;
+    const fn_mm_plan plan = {.a = {memory, {row, 2}, FN_BFLOAT16},
+                             .b = {memory, {2, row}, FN_BFLOAT16},
+                             .out = {memory, {4 * n, 4}, FN_FLOAT32},
+                             .m = m,
+                             .n = n,
+                             .k = k};
+    launches = 0;
+    if (fn_mm_run_tensor(&plan) != FN_OK || launches < 1)
+        CHECK_FAIL("%lld x %lld x %lld is not launched", (long long)m, (long long)n, (long long)k);
+    if (last.blocks == 0 || last.blocks > INT32_MAX || last.outer_blocks == 0 || last.outer_blocks > 65535 ||
+        last.blocks % (unsigned)last.cluster != 0 || last.shared_bytes > device.shared_bytes || last.threads > 1024)
+        CHECK_FAIL("%lld x %lld x %lld: %s with %u x %u blocks of %u threads and %d bytes, clusters of %d",
+                   (long long)m, (long long)n, (long long)k, (const char *)last.kernel, last.blocks, last.outer_blocks,
+                   last.threads, last.shared_bytes, last.cluster);
+    return (const char *)last.kernel;
+}
+
+typedef struct {
+    int64_t m, n, k;
+    const char *kernel;
+} expectation;
+
+/* What was the fastest, or within 10 % of it, when all were measured. */
+static const expectation measured[] = {
+    {1, 256, 7168, "one"},
+    {1, 128, 4096, "one"},
+    {1, 384, 7168, "gate 16x8"},
+    {8, 256, 7168, "gate 16x8"},
+    {16, 256, 7168, "gate 16x16"},
+    {32, 256, 7168, "gate 16x32"},
+    {48, 256, 7168, "split 64x32 by 8"},
+    {64, 256, 7168, "split 64x32 by 8"},
+    {64, 128, 4096, "split 64x16 by 8"},
+    {128, 256, 7168, "split 64x64 by 8"},
+    {256, 256, 7168, "split 128x64 by 8"},
+    {512, 256, 7168, "split 128x128 by 8"},
+    {1024, 160, 5120, "split 128x64 by 4"},
+    {1024, 256, 7168, "split 128x128 by 4"},
+    {2048, 256, 7168, "split 128x64 by 2"},
+    {4096, 256, 7168, "split 128x128 by 2"},
+    {8192, 256, 7168, "parts"},
+    {8192, 384, 7168, "parts"},
+    {1, 4096, 4096, "decode"},
+    {64, 28672, 8192, "decode"},
+    {128, 8192, 8192, "decode"},
+    {128, 28672, 8192, "decode"},
+    {1024, 4096, 4096, "prefill"},
+    {1024, 28672, 8192, "prefill"},
+    {8192, 8192, 8192, "prefill"}, /* its rounds were taken for a reason to decode */
+    {8192, 4096, 4096, "prefill"},
+};
+
+static int64_t ask_all(uint64_t *state, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t m = 1 + random_below(state, 1 << random_below(state, 21)),
+                      n = 1 + random_below(state, 1 << random_below(state, 16));
+        const int64_t k = 1 + random_below(state, 1 << random_below(state, 15));
+        const char *const kernel = ask(m, n, k, (int)random_below(state, 8));
+        const bool hopper = strncmp(kernel, "tile", 4) != 0 && strncmp(kernel, "gate", 4) != 0;
+        if ((hopper && !device.exactly_90) || last.cluster > largest_cluster)
+            CHECK_FAIL("%s, clusters of %d, on a device that has none", kernel, last.cluster);
+        if (strcmp(kernel, "decode") == 0 && m > 512) CHECK_FAIL("%s of %lld rows", kernel, (long long)m);
+    }
+    return count;
+}
+
+int main(int argc, char **argv) {
+    const check_options options = check_parse(argc, argv, "which kernel a product of 16-bit operands takes");
+    uint64_t state = options.seed;
+    const fn_cuda_properties h200 = {132, true, true, 232448};
+    int64_t questions = 0;
+    device = h200;
+    largest_cluster = 8;
+    for (size_t i = 0; i < sizeof measured / sizeof measured[0]; i++, questions++) {
+        const expectation *e = &measured[i];
+        const char *const kernel = ask(e->m, e->n, e->k, 0);
+        if (strcmp(kernel, e->kernel) != 0)
+            CHECK_FAIL("%lld rows by %lld x %lld: %s, but %s was measured", (long long)e->m, (long long)e->n,
+                       (long long)e->k, kernel, e->kernel);
+    }
+    questions += ask_all(&state, 200000);
+    for (largest_cluster = 7; largest_cluster >= 2; largest_cluster--) questions += ask_all(&state, 20000);
+    device = (fn_cuda_properties){170, true, false, 101376}; /* clusters, but not 9.0 */
+    largest_cluster = 8;
+    questions += ask_all(&state, 100000);
+    device = (fn_cuda_properties){84, false, false, 101376};
+    largest_cluster = 1;
+    questions += ask_all(&state, 100000);
+    printf("%lld questions\n", (long long)questions);
+    return 0;
+}
