@@ -24,7 +24,7 @@ from .cuda_graphs import Gpu, quiet
 from .cuda_peers import CudaPeer
 from .peers import BASE
 from .progress import Progress
-from .report import Goal, Report, Table, figure, judge
+from .report import Goal, Report, Table, figure, judge, reason_of
 from .timing import Call, Contestant, race
 
 ROWS, COLUMNS = 1, 4096
@@ -122,7 +122,7 @@ def calls(peers: Sequence[CudaPeer], gpu: Gpu, operator: Any, absent: dict[str, 
             sample(1)
             gpu.synchronize()
         except Exception as error:
-            absent[f"{name} ({group})"] = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+            absent[f"{name} ({group})"] = reason_of(error)
         else:
             found.append(HostCall(name, group, sample, **flags))
 
@@ -163,7 +163,7 @@ def first_calls(peers: Sequence[CudaPeer], gpu: Gpu, absent: dict[str, str]) -> 
                     gpu.synchronize()
                     milliseconds.append((time.perf_counter() - started) * 1e3)
             except Exception as error:
-                absent[f"{peer.name} (first call)"] = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+                absent[f"{peer.name} (first call)"] = reason_of(error)
         if milliseconds:
             records.append({"contestant": peer.name, "ours": peer.ours, "first_call_ms": milliseconds})
     return records

@@ -15,6 +15,7 @@ from .cuda_cases import CudaCase, Tensors, weight_of
 from .cuda_check import TOLERANCE, Expected, expected
 from .cuda_graphs import Chain, Gpu, Timed, copy_calls, count_of_calls
 from .cuda_peers import CudaPeer
+from .report import reason_of
 
 COPY = "device copy"
 SLOW_S = 0.05  # a peer that takes as long to begin a case, on average, is left out once time is short
@@ -112,10 +113,6 @@ def enter_peers(
         else:
             found.absent[peer.name] = "does not take it"
     truth.restore(sets[0])
-
-
-def reason_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
 
 
 def _begin(peer: CudaPeer, case: CudaCase, sets: list[Tensors], gpu: Gpu, truth: Expected) -> Entry | None:

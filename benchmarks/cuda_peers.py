@@ -46,6 +46,7 @@ from fusednorm.audit.torch_peers import hf_fused, hf_norm
 from .cases import EPS
 from .cuda_cases import CudaCase, Tensors
 from .peers import BASE, TORCH
+from .report import reason_of
 from .timing import Call
 
 CONSTANT = f"{BASE}, constant weights"
@@ -71,7 +72,7 @@ class CudaPeer:
         try:
             self.load()
         except (Exception, SystemExit) as error:  # an installation that is broken in whatever way
-            return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+            return reason_of(error)
         return None
 
     def version(self) -> str:

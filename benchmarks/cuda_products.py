@@ -8,7 +8,7 @@ from typing import Any
 
 from .cuda_call import SAMPLE_NS
 from .cuda_cases import L2_TIMES
-from .cuda_entries import COPY, Budget, Entries, Entry, enter_peers, race, reason_of
+from .cuda_entries import COPY, Budget, Entries, Entry, enter_peers, race
 from .cuda_graphs import Chain, Gpu, Timed, copy_calls
 from .cuda_peers import CONSTANT
 from .cuda_product_cases import (
@@ -25,7 +25,7 @@ from .cuda_time import measure_all
 from .peers import BASE
 from .product_peers import TORCH
 from .progress import Progress
-from .report import Report
+from .report import Report, reason_of
 from .timing import Call, Contestant
 from .timing import race as host_race
 

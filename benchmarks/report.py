@@ -14,6 +14,11 @@ SHOWN = 4  # of the values that miss a goal, the worst
 HEAD_WIDTH = 12  # of a column of figures, where its title can be broken
 
 
+def reason_of(error: BaseException) -> str:
+    """In one line, why something was not measured."""
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+
+
 @dataclass(frozen=True)
 class Goal:
     text: str
