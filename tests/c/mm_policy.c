@@ -73,42 +73,52 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
 
 /* ---- kernels: the sizes of mm_bf16.cu and mm_hopper_bf16_sm90a.cu -------------------------------------------------------- */
 
+/* The fields of a kernel, as the macros of the same names give them there. */
 #define SUMS(W, T) ((T) * ((W) + 4) * 4)
 #define TILE(W, T, THREADS, STAGES, CHUNKED, WHOLE)                                                                    \
-    {"tile " #W "x" #T, W,       T,    THREADS, (STAGES) * ((W) + (T)) * 128 + ((CHUNKED) ? 2 * SUMS(W, T) : 0),       \
-     SUMS(W, T),        CHUNKED, WHOLE}
-#define GATE(W, T) {"gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true}
-#define TENSOR_KERNELS                                                                                                 \
-    {                                                                                                                  \
-        {TILE(32, 8, 64, 8, false, true),   TILE(32, 16, 64, 8, false, true),    TILE(32, 32, 64, 8, false, true),     \
-         TILE(64, 64, 128, 6, false, true), TILE(128, 128, 256, 3, false, true), TILE(16, 8, 32, 8, true, true),       \
-         TILE(16, 32, 32, 6, true, true),   TILE(64, 64, 128, 4, true, true),    TILE(64, 128, 256, 4, true, true),    \
-         TILE(32, 8, 64, 4, false, false),  TILE(64, 64, 128, 3, false, false),  TILE(16, 8, 32, 4, true, false),      \
-         TILE(64, 64, 128, 3, true, false)},                                                                           \
-            {GATE(16, 8), GATE(16, 16), GATE(16, 32), GATE(32, 32)}, {                                                 \
-            "one", 2, 1, 32, 12288, 512, true, true                                                                    \
-        }                                                                                                              \
-    }
-#define SPLIT(T, W, STAGES, CLUSTER, RESIDENT, RECEIVED)                                                               \
-    {"split " #T "x" #W " by " #CLUSTER,                                                                               \
-     T,                                                                                                                \
-     W,                                                                                                                \
-     (T) / 64 * 128 + ((CLUSTER) < 8 ? 128 : 32),                                                                      \
-     CLUSTER,                                                                                                          \
-     RESIDENT,                                                                                                         \
-     (STAGES) * ((T) + (W)) * 128 + (RECEIVED) * 1024 + 1200}
-#define HOPPER_KERNELS                                                                                                 \
-    {                                                                                                                  \
-        {{"decode", 8, 1}, {"decode", 16, 1}, {"decode", 32, 1}, {"decode", 64, 1}, {"decode", 128, 2}},               \
-            {"prefill", 256, 128, 128, 64, 230000, 2}, {"parts", 256, 128, 128, 64, 230480, 2}, {                      \
-            SPLIT(64, 16, 8, 8, 2, 16), SPLIT(64, 32, 7, 8, 2, 16), SPLIT(64, 64, 5, 8, 2, 16),                        \
-                SPLIT(128, 64, 3, 8, 2, 32), SPLIT(128, 128, 5, 8, 1, 64), SPLIT(128, 64, 7, 4, 1, 48),                \
-                SPLIT(128, 128, 4, 4, 1, 96), SPLIT(128, 64, 7, 2, 1, 32), SPLIT(128, 128, 5, 2, 1, 64),               \
-        }                                                                                                              \
-    }
+    "tile " #W "x" #T, W, T, THREADS, (STAGES) * ((W) + (T)) * 128 + ((CHUNKED) ? 2 * SUMS(W, T) : 0), SUMS(W, T),     \
+        CHUNKED, WHOLE
+#define GATE(W, T) "gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true
+#define SPLIT(T, W, STAGES, CLUSTER, RESIDENT, RECEIVED_KIB)                                                           \
+    "split " #T "x" #W " by " #CLUSTER, T, W, (T) / 64 * 128 + ((CLUSTER) < 8 ? 128 : 32), CLUSTER, RESIDENT,          \
+        ((STAGES) * ((T) + (W)) / 8 + (RECEIVED_KIB)) * 1024 + 1200
 
-const fn_mm_tensor_kernels fn_mm_bf16 = TENSOR_KERNELS, fn_mm_f16 = TENSOR_KERNELS;
-const fn_mm_hopper_kernels fn_mm_hopper_bf16 = HOPPER_KERNELS, fn_mm_hopper_f16 = HOPPER_KERNELS;
+const fn_mm_tensor_kernels fn_mm_bf16 = {
+    {{TILE(32, 8, 64, 8, false, true)},
+     {TILE(32, 16, 64, 8, false, true)},
+     {TILE(32, 32, 64, 8, false, true)},
+     {TILE(64, 64, 128, 6, false, true)},
+     {TILE(128, 128, 256, 3, false, true)},
+     {TILE(16, 8, 32, 8, true, true)},
+     {TILE(16, 32, 32, 6, true, true)},
+     {TILE(64, 64, 128, 4, true, true)},
+     {TILE(64, 128, 256, 4, true, true)},
+     {TILE(32, 8, 64, 4, false, false)},
+     {TILE(64, 64, 128, 3, false, false)},
+     {TILE(16, 8, 32, 4, true, false)},
+     {TILE(64, 64, 128, 3, true, false)}},
+    {{GATE(16, 8)}, {GATE(16, 16)}, {GATE(16, 32)}, {GATE(32, 32)}},
+    {"one", 2, 1, 32, 12288, 512, true, true},
+};
+
+const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
+    {{"decode", 8, 1}, {"decode", 16, 1}, {"decode", 32, 1}, {"decode", 64, 1}, {"decode", 128, 2}},
+    {"prefill", 256, 128, 128, 64, 230000, 2},
+    {"parts", 256, 128, 128, 64, 230480, 2},
+    {{SPLIT(64, 16, 8, 8, 2, 16)},
+     {SPLIT(64, 32, 7, 8, 2, 16)},
+     {SPLIT(64, 64, 5, 8, 2, 16)},
+     {SPLIT(128, 64, 3, 8, 2, 32)},
+     {SPLIT(128, 128, 5, 8, 1, 64)},
+     {SPLIT(128, 64, 7, 4, 1, 48)},
+     {SPLIT(128, 128, 4, 4, 1, 96)},
+     {SPLIT(128, 64, 7, 2, 1, 32)},
+     {SPLIT(128, 128, 5, 2, 1, 64)}},
+};
+
+/* Only bfloat16 is asked for. */
+const fn_mm_tensor_kernels fn_mm_f16;
+const fn_mm_hopper_kernels fn_mm_hopper_f16;
 
 /* ---- questions --------------------------------------------------------------------------------------------------------- */
 
