@@ -29,23 +29,24 @@ template <typename S> FN_DEVICE fn_ring fn_ring_of(uint32_t ring, uint32_t fille
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::BN / 2]) {
     constexpr int CHUNK = FN_MM_GATE_CHUNK / FN_MM_TILE_K, COUNT = S::BN / 2;
-    int in_chunk = 0;
     float chunk[COUNT];
     fn_set_to_nothing<COUNT>(sum);
     while (now.block < end) {
-        const uint32_t stage = now.stage * (S::STAGE_BYTES >> 4);
-        fn_barrier_wait(ring.filled + 8 * now.stage, now.parity);
-        fn_products_begin();
+        const int chunk_end = min(end, now.block + CHUNK);
+        /* Nothing in this loop reads the sums: else the compiler would wait for the products at each of its turns. */
+        for (uint32_t before = 0; now.block < chunk_end; before = 1) {
+            const uint32_t stage = now.stage * (S::STAGE_BYTES >> 4);
+            fn_barrier_wait(ring.filled + 8 * now.stage, now.parity);
+            fn_products_begin();
 #pragma unroll
-        for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
-            fn_product<IN, S::BN>(chunk, ring.a + stage + 2 * k, ring.b + stage + 2 * k, k ? 1 : in_chunk);
-        fn_products_commit();
-        fn_products_wait<1>();
-        if (now.block++) fn_release<S::SHARERS>(ring.drained + 8 * now.previous, lane);
-        now.previous = now.stage;
-        if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
-        if (++in_chunk != CHUNK && now.block != end) continue;
-        in_chunk = 0;
+            for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
+                fn_product<IN, S::BN>(chunk, ring.a + stage + 2 * k, ring.b + stage + 2 * k, k ? 1 : before);
+            fn_products_commit();
+            fn_products_wait<1>();
+            if (now.block++) fn_release<S::SHARERS>(ring.drained + 8 * now.previous, lane);
+            now.previous = now.stage;
+            if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
+        }
         fn_products_wait<0>();
         fn_add_to<COUNT>(sum, chunk);
     }
