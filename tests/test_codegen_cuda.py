@@ -34,8 +34,8 @@ PRODUCTS = {
     "mm_fma": r"fma\.rn\.f32",
     "mm_bf16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "mm_f16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
-    "mm_hopper_bf16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|128)k16\.f32\.bf16\.bf16",
-    "mm_hopper_f16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|128)k16\.f32\.f16\.f16",
+    "mm_hopper_bf16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|72|80|128)k16\.f32\.bf16\.bf16",
+    "mm_hopper_f16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|72|80|128)k16\.f32\.f16\.f16",
 }
 MAX_MODULE_BYTES = 8 << 20
 
@@ -137,6 +137,40 @@ def test_registers_and_no_spills(source: Path, gpu: str) -> None:
         print(f"  {row['registers']:>3} registers, {shared[1] if shared else 0:>5} bytes shared  {name}")
     local = [row for row in rows if (row["stack"], row["stores"], row["loads"]) != ("0", "0", "0")]
     assert local == []
+
+
+# What ptxas says where it makes a program wait for warpgroup products that the program meant to overlap.
+WAITS = re.compile(r"\(C75\d\d\)[^\n]*")
+SUMS_READ_TOO_EARLY = """
+#include "cuda/hopper.cuh"
+extern "C" __global__ void planted(float *p, uint64_t a, uint64_t b, int n) {
+    float sums[4] = {};
+    for (int i = 0; i < n; i++) {
+        fn_products_begin();
+        fn_product<FN_BFLOAT16, 8>(sums, a, b, 1);
+        fn_products_commit();
+        fn_products_wait<1>();
+        p[i] = sums[0];
+    }
+}
+"""
+
+
+def waits(source: Path, gpu: str) -> list[str]:
+    log = assemble(compile_ptx(source, gpu), gpu)
+    return WAITS.findall(log.with_name(f"{log.name}.log").read_text())
+
+
+@each_source
+def test_products_overlap(source: Path, gpu: str) -> None:
+    assert waits(source, gpu) == []
+
+
+def test_products_that_cannot_overlap_are_seen() -> None:
+    source = build_c.cache_folder() / "probes" / "waits.cu"
+    source.parent.mkdir(exist_ok=True)
+    source.write_text(SUMS_READ_TOO_EARLY)
+    assert waits(source, "90a")
 
 
 @each_source

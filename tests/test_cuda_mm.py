@@ -195,9 +195,16 @@ def test_the_rule(k: int, dtype: str) -> None:
         for m in (1, 2, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
             compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
         bias = make(n, dtype="float32", key="bias")
-        for m in (1, 20, 40, 700):
+        for m in (1, 20, 40, 700, 1111, 2048):
             biased = product(a[:m], b[:n].T, bias=bias)
             compared.add((m, n, k, "bias"), biased, wanted[:m, :n] + bias)
+            frame = torch.full((m, n + 3), 7.0, device="cuda")
+            expected = frame.clone()
+            expected[:, 1 : n + 1] = wanted[:m, :n]
+            fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, 1 : n + 1])
+            compared.add((m, n, k, "frame"), frame, expected)
+            narrow = fusednorm.mm_dtype(a[:m], b[:n].T, out=empty(m, n, dtype_of(dtype)))
+            compared.add((m, n, k, "narrow"), narrow, wanted[:m, :n].to(dtype_of(dtype)))
         compared.add((50, n, k, "column-major"), product(a[:50], b[:n].T.contiguous()), wanted[:50, :n].contiguous())
     compared.check()
 

@@ -22,8 +22,8 @@ GATES = [(256, 7168), (384, 7168), (160, 5120), (128, 2880), (8, 4096), (1, 4096
 PROJECTIONS = [(513, 1048), (4096, 4096), (6144, 4096)]
 FP32 = [(256, 2000), (17, 1030), (1030, 300)]
 OWN_ROWS = 40
-BATCHES = (*range(1, 301), 512, 1024, 2048, 4096)
-LONG_BATCHES = (8192, 16384)
+BATCHES = (*range(1, 301), 512, 700, 1000, 1024, 1777, 2048, 3001, 4096)
+LONG_BATCHES = (5003, 7200, 8192, 16384)
 
 CASES = [(n, k, dtype, dtype) for n, k in GATES + PROJECTIONS for dtype in ("bfloat16", "float16")]
 CASES += [(n, k, *dtypes) for n, k in FP32 for dtypes in (("float32", "float32"), ("bfloat16", "float32"))]

@@ -165,6 +165,8 @@ __global__ void __launch_bounds__(FN_DECODE_THREADS, 1) fn_mm_decode(const __gri
     }
 }
 
-#define FN_MM_DECODE(D, TOKENS, CLUSTER) (const void *)fn_mm_decode<TOKENS, CLUSTER, D>, TOKENS, CLUSTER
+#define FN_DECODE(D, TOKENS, CLUSTER) (const void *)fn_mm_decode<TOKENS, CLUSTER, D>, TOKENS, CLUSTER
+#define FN_MM_DECODE(D)                                                                                                \
+    {FN_DECODE(D, 8, 1)}, {FN_DECODE(D, 16, 1)}, {FN_DECODE(D, 32, 1)}, {FN_DECODE(D, 64, 1)}, { FN_DECODE(D, 128, 2) }
 
 #endif

@@ -7,6 +7,9 @@
 
 #include "tensor_map.h"
 
+#include <math.h>
+#include <stdatomic.h>
+
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
@@ -142,11 +145,10 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                         device->shared_bytes, device);
 }
 
-static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_prefill_kernel *kernel,
-                             fn_cuda_devices *allowed, const fn_cuda_properties *device) {
+static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
+                             const fn_cuda_properties *device) {
     fn_mm_prefill_args args = {.to = result_of(plan),
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
-                               .part_blocks = (uint32_t)cut->part_tiles,
                                .units_n = (uint32_t)fn_divide_up(plan->n, kernel->unit_n),
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
                                .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m)};
@@ -159,54 +161,34 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_cut *cut, const
 
 /* ---- K in parts ---------------------------------------------------------------------------------------------------------- */
 
-/* A kernel, for the estimate of its time. */
-typedef struct {
-    uint32_t tokens, weights, cluster, resident,
-        parts;      /* a block's tile; blocks on a multiprocessor; parts of K a block works on */
-    double fetched; /* of its operands, that no other block has fetched for it */
-    double sums;    /* of its tile's sums, moved through shared memory when all are there */
-} tiling;
-
-/* `blocks` at a time, on the multiprocessors that clusters of such blocks can use. Nanoseconds, nearly: measured on an H200, and
- * such that of 10 kernels at 55 shapes the best was chosen, or one within 4 %, but 4 times (6 to 37 % slower). */
-static double round_of(const tiling *t, uint32_t part_tiles, uint32_t blocks, uint32_t usable) {
-    const double start = 1200; /* a launch, and what comes first */
-    const double sums = 20, operands = 80,
-                 l2 = 7500; /* bytes in a nanosecond: of a multiprocessor, twice; of the device */
-    const double each = (blocks + usable - 1) / usable, cells = (double)t->tokens * t->weights;
-    const double bytes = (double)FN_ATOM_BYTES * t->parts * part_tiles * (t->tokens + t->weights);
-    const double in = each * bytes / operands, out = blocks * t->fetched * bytes / l2;
-    return start + each * t->sums * cells * sizeof(float) / sums + (in > out ? in : out);
+/* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have. The
+ * constants fit what was measured on an H200 (15 kernels, 54 shapes, within 10 % in the mean), so that the fastest kernel is
+ * chosen, or one that takes at most 6 % more, but for 3 shapes (9, 11 and 20 %). */
+static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t blocks, uint32_t usable) {
+    const double start = 1500; /* a launch, and what comes first */
+    /* What a multiprocessor does in a nanosecond: bytes of operands that arrive, bytes of sums that it sends or keeps, products
+     * of a weight with a token, FN_MM_TILE_K long; and bytes of operands that leave L2. */
+    const double operands = 95, sums = 20, products = 34, l2 = 9000;
+    const uint32_t parts = FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, each = (blocks + usable - 1) / usable;
+    const double tiles = (double)parts * part_tiles, cells = (double)kernel->tokens * kernel->weights;
+    const double bytes = tiles * FN_ATOM_BYTES * (kernel->tokens + kernel->weights);
+    /* Of 8 parts, half of the sums wait, of 4 half are sent away, of 2 half of the blocks send both. */
+    const double sent = parts == 8 ? 0.25 : parts == 4 ? 0.5 : parts == 2 ? 1.5 : 1;
+    double time = each * bytes / operands;
+    if (time < blocks * bytes / l2) time = blocks * bytes / l2;
+    if (time < each * tiles * cells / products) time = each * tiles * cells / products;
+    return start + each * sent * cells * sizeof(float) / sums + time;
 }
 
-static double estimate(const tiling *t, const fn_mm_plan *plan, const fn_mm_cut *cut, uint32_t clusters_at_once) {
+static double estimate(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan, const fn_mm_cut *cut,
+                       uint32_t clusters_at_once) {
     const uint32_t rows = plan->m < INT32_MAX ? (uint32_t)plan->m : INT32_MAX, parts = (uint32_t)cut->part_tiles;
-    const uint32_t clusters = (rows + t->tokens - 1) / t->tokens * (((uint32_t)plan->n + t->weights - 1) / t->weights);
-    const uint32_t at_once = clusters_at_once * t->cluster, usable = at_once / t->resident;
+    const uint32_t tokens = (uint32_t)kernel->tokens, weights = (uint32_t)kernel->weights;
+    const uint32_t clusters = (rows + tokens - 1) / tokens * (((uint32_t)plan->n + weights - 1) / weights);
+    const uint32_t size = (uint32_t)kernel->cluster, usable = clusters_at_once * size / (uint32_t)kernel->resident;
     const uint32_t rounds = clusters / clusters_at_once, rest = clusters % clusters_at_once;
-    return (rounds ? rounds * round_of(t, parts, at_once, usable) : 0) +
-           (rest ? round_of(t, parts, rest * t->cluster, usable) : 0);
-}
-
-static tiling tiling_of_split(const fn_mm_split_kernel *kernel) {
-    tiling t = {(uint32_t)kernel->tokens,
-                (uint32_t)kernel->weights,
-                (uint32_t)kernel->cluster,
-                (uint32_t)kernel->resident,
-                FN_MM_GATE_PARTS / (uint32_t)kernel->cluster,
-                1,
-                1};
-    if (t.parts == 2) t.sums = 1.5; /* half of the blocks send two parts' sums */
-    if (t.parts == 4) t.sums = 0.5; /* half of them stay where they are */
-    return t;
-}
-
-/* The blocks of a cluster have tiles of their own, and share what they fetch of b. */
-static tiling tiling_of_parts(const fn_mm_prefill_kernel *kernel) {
-    tiling t = {
-        (uint32_t)(kernel->unit_m / kernel->cluster), (uint32_t)kernel->unit_n, 1, 1, FN_MM_GATE_PARTS, 1, 0.25};
-    t.fetched = (t.tokens + (double)t.weights / kernel->cluster) / (t.tokens + t.weights);
-    return t;
+    return (rounds ? rounds * round_of(kernel, parts, clusters_at_once * size, usable) : 0) +
+           (rest ? round_of(kernel, parts, rest * size, usable) : 0);
 }
 
 static fn_cuda_launch split_launch(const fn_mm_plan *plan, const fn_mm_split_kernel *kernel, const void *args,
@@ -222,35 +204,67 @@ static fn_cuda_launch split_launch(const fn_mm_plan *plan, const fn_mm_split_ker
                             .stream = plan->stream};
 }
 
-/* NULL: the kernel whose blocks do not share K. */
-static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, fn_cuda_devices *allowed,
-                            const fn_cuda_properties *device, const fn_mm_split_kernel **found) {
-    static fn_cuda_counts at_once[2][FN_MM_SPLIT_KERNELS];
+/* How many clusters the device holds at once; without clusters, blocks. */
+static fn_status clusters_at_once(const fn_mm_plan *plan, const fn_mm_split_kernel *kernel, fn_cuda_counts *asked,
+                                  const fn_cuda_properties *device, int *clusters) {
+    *clusters = device->multiprocessors * kernel->resident;
+    if (kernel->cluster == 1) return FN_OK;
+    const fn_cuda_launch launch = split_launch(plan, kernel, NULL, 1);
+    return fn_cuda_clusters_at_once(asked, &launch, clusters);
+}
+
+/* The estimates of all kernels take 0.3 us on the host, so answers are kept: a question and its kernel in one word, which threads
+ * may read and write as they like. 0: a question that does not fit. */
+enum { KERNEL_BITS = 4, ANSWER_BITS = 8 };
+_Static_assert(FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
+
+static uint64_t question_of(const fn_mm_plan *plan) {
+    enum { M_BITS = 24, N_BITS = 10, K_BITS = 20, DEVICE_BITS = 6 };
+    _Static_assert(M_BITS + N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
+    if (plan->m >> M_BITS || plan->n >> N_BITS || plan->k >> K_BITS || plan->device_id >> DEVICE_BITS) return 0;
+    uint64_t question = (uint64_t)plan->m;
+    question = question << N_BITS | (uint64_t)plan->n;
+    question = question << K_BITS | (uint64_t)plan->k;
+    return question << DEVICE_BITS | (uint64_t)plan->device_id;
+}
+
+static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device,
+                            const fn_mm_split_kernel **found) {
+    static fn_cuda_counts asked[2][FN_MM_SPLIT_KERNELS];
+    static _Atomic uint64_t answers[2][1 << ANSWER_BITS];
     const fn_mm_hopper_kernels *table = table_of(plan);
-    const tiling unsplit = tiling_of_parts(&table->parts);
-    double least = estimate(&unsplit, plan, cut, (uint32_t)device->multiprocessors);
+    const uint64_t question = question_of(plan);
+    _Atomic uint64_t *const place =
+        &answers[table == &fn_mm_hopper_f16][question * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS)];
+    const uint64_t before = atomic_load_explicit(place, memory_order_relaxed);
+    if (question && before >> KERNEL_BITS == question) {
+        *found = &table->split[before & ((1 << KERNEL_BITS) - 1)];
+        return FN_OK;
+    }
+    double least = INFINITY;
     *found = NULL;
     for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) {
         const fn_mm_split_kernel *kernel = &table->split[i];
-        const fn_cuda_launch launch = split_launch(plan, kernel, NULL, 1);
-        const tiling split = tiling_of_split(kernel);
-        int clusters = 0;
-        FN_TRY(fn_cuda_allow_shared(&allowed[i], plan->device_id, kernel->function, device->shared_bytes));
-        FN_TRY(fn_cuda_clusters_at_once(&at_once[table == &fn_mm_hopper_f16][i], &launch, &clusters));
+        int clusters;
+        FN_TRY(clusters_at_once(plan, kernel, &asked[table == &fn_mm_hopper_f16][i], device, &clusters));
         if (clusters < 1) continue;
-        const double time = estimate(&split, plan, cut, (uint32_t)clusters);
+        const double time = estimate(kernel, plan, cut, (uint32_t)clusters);
         if (time < least) least = time, *found = kernel;
     }
+    if (question)
+        atomic_store_explicit(place, question << KERNEL_BITS | (uint64_t)(*found - table->split), memory_order_relaxed);
     return FN_OK;
 }
 
-static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_split_kernel *kernel) {
+static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_split_kernel *kernel,
+                           fn_cuda_devices *allowed, const fn_cuda_properties *device) {
     fn_mm_split_args args = {.to = result_of(plan),
                              .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                              .part_blocks = (uint32_t)cut->part_tiles,
                              .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
                              .early = plan->weights_are_constant};
     FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, kernel->weights, NULL));
+    FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     const fn_cuda_launch launch =
         split_launch(plan, kernel, &args, args.tiles_m * fn_divide_up(plan->n, kernel->weights));
     return fn_cuda_run(name, &launch);
@@ -259,19 +273,18 @@ static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
 /* ---- all ----------------------------------------------------------------------------------------------------------------- */
 
 fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device) {
-    enum { PREFILL = FN_MM_DECODE_KERNELS, PARTS, SPLIT, KERNELS = SPLIT + FN_MM_SPLIT_KERNELS };
+    enum { PREFILL = FN_MM_DECODE_KERNELS, SPLIT, KERNELS = SPLIT + FN_MM_SPLIT_KERNELS };
     static fn_cuda_devices allowed[2][KERNELS];
     const fn_mm_hopper_kernels *table = table_of(plan);
     fn_cuda_devices *const own = allowed[table == &fn_mm_hopper_f16];
     if (cut->parts > 1) {
         const fn_mm_split_kernel *split;
-        FN_TRY(find_split(plan, cut, own + SPLIT, device, &split));
-        if (split) return run_split(plan, cut, split);
-        return run_prefill(plan, cut, &table->parts, &own[PARTS], device);
+        FN_TRY(find_split(plan, cut, device, &split));
+        return run_split(plan, cut, split, &own[SPLIT + (split - table->split)], device);
     }
     const fn_mm_decode_kernel *decode = find_decode(plan, device);
     if (decode) return run_decode(plan, decode, &own[decode - table->decode], device);
-    return run_prefill(plan, cut, &table->prefill, &own[PREFILL], device);
+    return run_prefill(plan, &table->prefill, &own[PREFILL], device);
 }
 
 fn_status fn_mm_hopper_warmup(void) {
@@ -279,7 +292,6 @@ fn_status fn_mm_hopper_warmup(void) {
     for (int t = 0; t < 2; t++) {
         for (int i = 0; i < FN_MM_DECODE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->decode[i].function));
         FN_TRY(fn_cuda_load(tables[t]->prefill.function));
-        FN_TRY(fn_cuda_load(tables[t]->parts.function));
         for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->split[i].function));
     }
     return FN_OK;

@@ -41,8 +41,7 @@ typedef struct {
 typedef struct {
     CUtensorMap a, b, out;
     fn_mm_out to;
-    uint32_t k_blocks;    /* of FN_MM_TILE_K columns */
-    uint32_t part_blocks; /* of these, in a part */
+    uint32_t k_blocks; /* of FN_MM_TILE_K columns */
     uint32_t units, units_n, units_m;
     uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
 } fn_mm_prefill_args;
@@ -81,12 +80,12 @@ typedef struct {
     int tokens, weights, threads, cluster, resident, shared_bytes;
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 9 };
+enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 15 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
-    fn_mm_prefill_kernel prefill, parts;              /* K in one chunk; in parts and chunks */
-    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS];    /* K in parts and chunks */
+    fn_mm_prefill_kernel prefill;
+    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
 /* mm_hopper_bf16_sm90a.cu, mm_hopper_f16_sm90a.cu; in builds for compute capability 9.0 */

@@ -1,7 +1,8 @@
 /* mm_parts.cuh: the sums of mm_tensor.h's cut of k, in registers, on compute capability 9.0: chunks, one chain of products each;
  * parts, whose chunks are added in order; halves, whose parts are.
  *
- * A thread holds BN / 2 sums of the chunk at work, as many of its part, and as many of the half.
+ * A warpgroup has 64 rows of its block's tile, and all of its columns. A thread holds COLUMNS / 2 sums of the chunk at work, as
+ * many of its part, and as many of the half.
  */
 #ifndef FUSEDNORM_MM_PARTS_CUH
 #define FUSEDNORM_MM_PARTS_CUH
@@ -10,9 +11,9 @@
 #include "mm_hopper.h"
 #include "mm_store.cuh"
 
-/* A warpgroup's view of the ring of stages: its 64 rows of a, and b. */
+/* A warpgroup's view of the ring of stages. */
 typedef struct {
-    uint64_t a, b; /* as tiles of the first stage */
+    uint64_t rows, columns; /* as tiles of the first stage */
     uint32_t filled, drained;
 } fn_ring;
 
@@ -21,14 +22,10 @@ typedef struct {
     uint32_t stage, parity, previous;
 } fn_ring_position;
 
-template <typename S> FN_DEVICE fn_ring fn_ring_of(uint32_t ring, uint32_t filled, uint32_t drained, int group) {
-    return {fn_tile(ring + group * 64 * FN_ATOM_BYTES), fn_tile(ring + S::A_BYTES), filled, drained};
-}
-
 /* sum = that of the k up to block `end`, a part: its chunks' sums, added up. */
 template <typename S, fn_dtype IN>
-FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::BN / 2]) {
-    constexpr int CHUNK = FN_MM_GATE_CHUNK / FN_MM_TILE_K, COUNT = S::BN / 2;
+FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::COLUMNS / 2]) {
+    constexpr int CHUNK = FN_MM_GATE_CHUNK / FN_MM_TILE_K, COUNT = S::COLUMNS / 2;
     float chunk[COUNT];
     fn_set_to_nothing<COUNT>(sum);
     while (now.block < end) {
@@ -40,10 +37,11 @@ FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, 
             fn_products_begin();
 #pragma unroll
             for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
-                fn_product<IN, S::BN>(chunk, ring.a + stage + 2 * k, ring.b + stage + 2 * k, k ? 1 : before);
+                fn_product<IN, S::COLUMNS>(chunk, ring.rows + stage + 2 * k, ring.columns + stage + 2 * k,
+                                           k ? 1 : before);
             fn_products_commit();
             fn_products_wait<1>();
-            if (now.block++) fn_release<S::SHARERS>(ring.drained + 8 * now.previous, lane);
+            if (now.block++) fn_release<1>(ring.drained + 8 * now.previous, lane);
             now.previous = now.stage;
             if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
         }
@@ -55,8 +53,8 @@ FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, 
 /* total = the sum of half of the parts, of part_blocks each, the next of which ends at block `part_end`, the last at `end`. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_half(const fn_ring &ring, fn_ring_position &now, int part_blocks, int part_end, int end, int lane,
-                           float total[S::BN / 2]) {
-    constexpr int COUNT = S::BN / 2;
+                           float total[S::COLUMNS / 2]) {
+    constexpr int COUNT = S::COLUMNS / 2;
     fn_set_to_nothing<COUNT>(total);
 #pragma unroll 1
     for (int part = 0; part < FN_MM_GATE_PARTS / 2; part++, part_end += part_blocks) {

@@ -60,7 +60,6 @@ static fn_status largest_cluster(const fn_mm_tensor_kernels *table, const fn_mm_
     const fn_mm_tensor_kernel *kernel = &table->gate[0];
     *blocks = 1;
     if (!device->clusters) return FN_OK;
-    FN_TRY(allow(table, kernel, plan->device_id, device->shared_bytes));
     for (int size = FN_MM_GATE_PARTS; size > 1 && *blocks == 1; size--) {
         int clusters = 0;
         const fn_cuda_launch launch = {.kernel = kernel->function,
@@ -130,6 +129,17 @@ static void tile_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *pla
     *found = (layout){kernel, (int)fn_divide_up(cut->parts, each), (int)each, kernel->threads, (int)bytes};
 }
 
+static fn_status choose_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
+                               bool whole, const fn_cuda_properties *device, layout *chosen) {
+    const bool parts = cut->parts > 1;
+    int largest = 1;
+    if (parts && whole && one_layout(table, plan, cut, device, chosen)) return FN_OK;
+    if (parts) FN_TRY(largest_cluster(table, plan, device, &largest));
+    if (parts && whole && gate_layout(table, plan, cut, device, largest, chosen)) return FN_OK;
+    tile_layout(table, plan, cut, whole, device, largest, chosen);
+    return FN_OK;
+}
+
 /* ---- operands ----------------------------------------------------------------------------------------------------------- */
 
 static bool is_aligned(uint64_t address_or_stride, uint64_t to) { return address_or_stride % to == 0; }
@@ -172,12 +182,7 @@ fn_status fn_mm_run_tensor(const fn_mm_plan *plan) {
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
     if (fn_mm_hopper_serves(plan, &cut, &device)) return fn_mm_run_hopper(plan, &cut, &device);
     layout chosen;
-    int largest = 1;
-    if (cut.parts > 1) FN_TRY(largest_cluster(table, plan, &device, &largest));
-    const bool few =
-        cut.parts > 1 && whole &&
-        (one_layout(table, plan, &cut, &device, &chosen) || gate_layout(table, plan, &cut, &device, largest, &chosen));
-    if (!few) tile_layout(table, plan, &cut, whole, &device, largest, &chosen);
+    FN_TRY(choose_layout(table, plan, &cut, whole, &device, &chosen));
     args.cluster = chosen.cluster;
     args.parts_each = chosen.parts_each;
     FN_TRY(allow(table, chosen.kernel, plan->device_id, device.shared_bytes));

@@ -1,12 +1,11 @@
 /* mm_wgmma.cuh: products of many rows, on compute capability 9.0.
  *
- * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums; or, where
- * K is cut, what mm_parts.cuh makes of such chains. Then + bias; then one rounding. No block splits K, so no bit depends on the
+ * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums. Then + bias;
+ * then one rounding. No block splits K, so no bit depends on the
  * tile. Here `a` is the tokens, b the weights: N rows along k.
  *
  * A block is three warpgroups: one thread of the first keeps a ring of stages filled (64 columns of a's rows and of b's rows,
- * by the copy engine), two consume them. Together, on one tile, half of its rows each; or in turns, on a tile each, so that one
- * multiplies while the other writes. The blocks are persistent: the ring runs on into the next tile.
+ * by the copy engine), two consume them, in turns, a tile each, so that one multiplies while the other writes. The blocks are persistent: the ring runs on into the next tile.
  * The blocks of a cluster lie side by side and share the rows of b (SHARE_B), or of a: each loads a part, for all of them.
  *
  * A sum's way out: registers, 16 rows of 128 bytes of shared memory that belong to the warp, the copy engine.
@@ -14,26 +13,24 @@
 #ifndef FUSEDNORM_MM_WGMMA_CUH
 #define FUSEDNORM_MM_WGMMA_CUH
 
-#include "mm_parts.cuh"
+#include "hopper.cuh"
+#include "mm_hopper.h"
+#include "mm_store.cuh"
 
-/* A consumer's sums are 64 * BLOCKS_M x BN. IN_PARTS: K is cut; the consumers work together. Else it is not; they work in turns. */
-template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_, bool IN_PARTS_>
-struct fn_mm_shape {
+/* A consumer's sums are 64 * BLOCKS_M x BN. */
+template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_> struct fn_mm_shape {
     static constexpr int MB = BLOCKS_M, BN = BN_, STAGES = STAGES_, BUFFERS = BUFFERS_, CLUSTER = CLUSTER_;
-    static constexpr bool SHARE_B = SHARE_B_, IN_PARTS = IN_PARTS_, TURNS = !IN_PARTS;
-    static constexpr int GROUPS = 2, SHARERS = CLUSTER;
-    static constexpr int BM = 64 * MB * (TURNS ? 1 : 2);
+    static constexpr bool SHARE_B = SHARE_B_;
+    static constexpr int BM = 64 * MB;
     static constexpr int A_BYTES = BM * FN_ATOM_BYTES, B_BYTES = BN * FN_ATOM_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
     static constexpr int A_BOX = SHARE_B ? BM : BM / CLUSTER,
                          B_BOX = SHARE_B ? BN / CLUSTER : BN; /* rows of one load */
     static constexpr int UNIT_M = SHARE_B ? BM * CLUSTER : BM, UNIT_N = SHARE_B ? BN : BN * CLUSTER;
-    static constexpr int WARP_WAITING = BN / 8 * 32 * (int)sizeof(float4); /* a half's sums, of a warp */
     static constexpr int STAGING = STAGES * STAGE_BYTES;
-    static constexpr int BARRIERS = STAGING + 8 * (IN_PARTS ? WARP_WAITING : BUFFERS * FN_STAGING_BYTES);
+    static constexpr int BARRIERS = STAGING + 8 * BUFFERS * FN_STAGING_BYTES;
     static constexpr int SHARED = BARRIERS + 2 * STAGES * 8 + FN_SHARED_ALIGNMENT;
-    static constexpr int RELEASES = CLUSTER * (TURNS ? 4 : 8); /* warps that must be done with a stage */
+    static constexpr int RELEASES = CLUSTER * 4; /* warps that must be done with a stage */
     static_assert(A_BOX <= 256 && B_BOX <= 256 && A_BOX % 8 == 0 && B_BOX % 8 == 0 && SHARED <= 232448, "");
-    static_assert(!IN_PARTS || (MB == 1 && BUFFERS * FN_STAGING_BYTES <= WARP_WAITING), "");
 };
 
 /* Which rows of a and of b a unit's tile in this block has. Units follow each other along b within a group of a's rows. */
@@ -119,54 +116,17 @@ FN_DEVICE void fn_mm_consume(const fn_mm_prefill_args &args, uint32_t ring, uint
                                           k ? 1 : block); /* 0: the sums start anew */
             fn_products_commit();
             fn_products_wait<1>();
-            if (block) fn_release<S::SHARERS>(drained + 8 * previous, lane);
+            if (block) fn_release<S::CLUSTER>(drained + 8 * previous, lane);
             previous = stage;
             if (++stage == S::STAGES) stage = 0, parity ^= 1;
         }
         if (unit + clusters < args.units) fn_threads_pass(1 + (group ^ 1), 2 * FN_WARPGROUP);
         fn_products_wait<0>();
-        fn_release<S::SHARERS>(drained + 8 * previous, lane);
+        fn_release<S::CLUSTER>(drained + 8 * previous, lane);
         int row, column;
         fn_mm_place<S>(args, unit, rank, &row, &column);
 #pragma unroll
         for (int m = 0; m < S::MB; m++) fn_mm_write<S>(args, sums[m], row + m * 64 + warp * 16, column, &staging, lane);
-    }
-    fn_stores_read<0>();
-}
-
-/* The consumers together. The first half of the parts waits in shared memory, each unit of 4 where the thread that put it there
- * finds it; what leaves the registers for good takes the same place. */
-template <typename S, fn_dtype IN>
-FN_DEVICE void fn_mm_consume_parts(const fn_mm_prefill_args &args, uint32_t ring, uint32_t filled, uint32_t drained,
-                                   uint32_t rank, uint32_t cluster, uint32_t clusters, int group, int warp) {
-    constexpr int COUNT = S::BN / 2, PLACE = 32 * (int)sizeof(float4);
-    const int lane = threadIdx.x % 32, parts = (int)args.part_blocks, end = (int)args.k_blocks;
-    const fn_ring own = fn_ring_of<S>(ring, filled, drained, group);
-    const uint32_t place = ring + S::STAGING + (group * 4 + warp) * S::WARP_WAITING;
-    const uint32_t waiting = place + lane * (uint32_t)sizeof(float4);
-    fn_staging staging = {place, 0};
-    fn_ring_position now = {0, 0, 0, 0};
-    for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
-        float total[COUNT];
-        now.block = 0;
-        fn_sum_half<S, IN>(own, now, parts, parts, end, lane, total);
-        if (lane == 0) fn_stores_read<0>(); /* of the unit before */
-        __syncwarp();
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4)
-            store_floats(waiting + i / 4 * PLACE, make_float4(total[i], total[i + 1], total[i + 2], total[i + 3]));
-        fn_sum_half<S, IN>(own, now, parts, (FN_MM_GATE_PARTS / 2 + 1) * parts, end, lane, total);
-        fn_release<S::SHARERS>(drained + 8 * now.previous, lane);
-#pragma unroll
-        for (int i = 0; i < COUNT; i += 4) {
-            const float4 first = load_floats(waiting + i / 4 * PLACE);
-            total[i] = fn_add(first.x, total[i]), total[i + 1] = fn_add(first.y, total[i + 1]);
-            total[i + 2] = fn_add(first.z, total[i + 2]), total[i + 3] = fn_add(first.w, total[i + 3]);
-        }
-        __syncwarp(); /* all lanes have read what waited */
-        int row, column;
-        fn_mm_place<S>(args, unit, rank, &row, &column);
-        fn_mm_write<S>(args, total, row + group * 64 + warp * 16, column, &staging, lane);
     }
     fn_stores_read<0>();
 }
@@ -199,20 +159,16 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
     } else {
         fn_registers_up<240>();
         const int group = warp / 4 - 1, own = warp % 4;
-        if constexpr (S::IN_PARTS)
-            fn_mm_consume_parts<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
-        else fn_mm_consume<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
+        fn_mm_consume<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
     }
 }
 
 /* 128 x 128 in turns, two blocks with the same rows of b: 657 to 709 TFLOP/s on an H200 at 4096 x 4096 to 28672 x 8192 and
  * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere. */
-using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2, true, false>;
+using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2, true>;
 
-/* 128 x 128 together: what a thread holds of parts leaves no registers for more. */
-using fn_parts_shape = fn_mm_shape<1, 128, 5, 4, 2, true, true>;
-
-#define FN_MM_PREFILL(D, S)                                                                                            \
+#define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER
+#define FN_MM_PREFILL(D) FN_PREFILL(D, fn_prefill_shape)
 
 #endif

@@ -189,7 +189,9 @@ fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *
     configuration c;
     configure(&c, launch, false);
     FN_CUDA_TRY("CUDA device", enter_device(launch->device, &previous));
-    cudaError_t error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
+    cudaError_t error =
+        cudaFuncSetAttribute(launch->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch->shared_bytes);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
     if (error == cudaErrorInvalidClusterSize) { /* the device has no such clusters at all */
         (void)cudaGetLastError();
         error = cudaSuccess;

@@ -79,9 +79,10 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
     "tile " #W "x" #T, W, T, THREADS, (STAGES) * ((W) + (T)) * 128 + ((CHUNKED) ? 2 * SUMS(W, T) : 0), SUMS(W, T),     \
         CHUNKED, WHOLE
 #define GATE(W, T) "gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true
-#define SPLIT(T, W, STAGES, CLUSTER, RESIDENT, RECEIVED_KIB)                                                           \
-    "split " #T "x" #W " by " #CLUSTER, T, W, (T) / 64 * 128 + ((CLUSTER) < 8 ? 128 : 32), CLUSTER, RESIDENT,          \
-        ((STAGES) * ((T) + (W)) / 8 + (RECEIVED_KIB)) * 1024 + 1200
+/* Weights x tokens; STAGES of a ring, and behind it room for sums. */
+#define SPLIT(W, T, STAGES, BLOCKS, RESIDENT, SUMS_KIB)                                                                \
+    "split " #W "x" #T " by " #BLOCKS, T, W, (((W) % 64 ? (T) : (W)) / 64 + 1) * 128, BLOCKS, RESIDENT,                \
+        ((STAGES) * ((T) + (W)) / 8 + (SUMS_KIB)) * 1024 + 1200
 
 const fn_mm_tensor_kernels fn_mm_bf16 = {
     {{TILE(32, 8, 64, 8, false, true)},
@@ -104,16 +105,21 @@ const fn_mm_tensor_kernels fn_mm_bf16 = {
 const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
     {{"decode", 8, 1}, {"decode", 16, 1}, {"decode", 32, 1}, {"decode", 64, 1}, {"decode", 128, 2}},
     {"prefill", 256, 128, 128, 64, 230000, 2},
-    {"parts", 256, 128, 128, 64, 230480, 2},
     {{SPLIT(64, 16, 8, 8, 2, 16)},
      {SPLIT(64, 32, 7, 8, 2, 16)},
      {SPLIT(64, 64, 5, 8, 2, 16)},
      {SPLIT(128, 64, 3, 8, 2, 32)},
      {SPLIT(128, 128, 5, 8, 1, 64)},
-     {SPLIT(128, 64, 7, 4, 1, 48)},
-     {SPLIT(128, 128, 4, 4, 1, 96)},
+     {SPLIT(128, 72, 6, 4, 1, 72)},
+     {SPLIT(80, 128, 5, 4, 1, 72)},
      {SPLIT(128, 64, 7, 2, 1, 32)},
-     {SPLIT(128, 128, 5, 2, 1, 64)}},
+     {SPLIT(192, 64, 5, 2, 1, 48)},
+     {SPLIT(80, 128, 7, 2, 1, 40)},
+     {SPLIT(64, 64, 5, 1, 2, 16)},
+     {SPLIT(128, 64, 8, 1, 1, 32)},
+     {SPLIT(192, 64, 5, 1, 1, 48)},
+     {SPLIT(128, 128, 5, 1, 1, 64)},
+     {SPLIT(80, 128, 6, 1, 1, 40)}},
 };
 
 /* Only bfloat16 is asked for. */
@@ -131,7 +137,8 @@ static const char *ask(int64_t m, int64_t n, int64_t k, int gap) {
                              .out = {memory, {4 * n, 4}, FN_FLOAT32},
                              .m = m,
                              .n = n,
-                             .k = k};
+                             .k = k,
+                             .device_id = largest_cluster}; /* answers are kept by device */
     launches = 0;
     if (fn_mm_run_tensor(&plan) != FN_OK || launches < 1)
         CHECK_FAIL("%lld x %lld x %lld is not launched", (long long)m, (long long)n, (long long)k);
@@ -156,18 +163,25 @@ static const expectation measured[] = {
     {8, 256, 7168, "gate 16x8"},
     {16, 256, 7168, "gate 16x16"},
     {32, 256, 7168, "gate 16x32"},
-    {48, 256, 7168, "split 64x32 by 8"},
+    {48, 128, 4096, "split 64x16 by 8"},
     {64, 256, 7168, "split 64x32 by 8"},
-    {64, 128, 4096, "split 64x16 by 8"},
     {128, 256, 7168, "split 64x64 by 8"},
     {256, 256, 7168, "split 128x64 by 8"},
     {512, 256, 7168, "split 128x128 by 8"},
-    {1024, 160, 5120, "split 128x64 by 4"},
-    {1024, 256, 7168, "split 128x128 by 4"},
+    {1024, 256, 7168, "split 128x72 by 4"},
+    {1024, 160, 5120, "split 80x128 by 4"},
+    {1024, 384, 7168, "split 128x64 by 2"},
     {2048, 256, 7168, "split 128x64 by 2"},
-    {4096, 256, 7168, "split 128x128 by 2"},
-    {8192, 256, 7168, "parts"},
-    {8192, 384, 7168, "parts"},
+    {2048, 384, 7168, "split 192x64 by 2"},
+    {2048, 160, 5120, "split 80x128 by 2"},
+    {4096, 160, 5120, "split 80x128 by 2"},
+    {4096, 33, 1000, "split 64x64 by 1"},
+    {4096, 256, 7168, "split 128x64 by 1"},
+    {8192, 128, 4096, "split 128x64 by 1"},
+    {4096, 384, 7168, "split 192x64 by 1"},
+    {8192, 384, 7168, "split 192x64 by 1"},
+    {8192, 256, 7168, "split 128x128 by 1"},
+    {8192, 160, 5120, "split 80x128 by 1"},
     {1, 4096, 4096, "decode"},
     {64, 28672, 8192, "decode"},
     {128, 8192, 8192, "decode"},
@@ -183,7 +197,11 @@ static int64_t ask_all(uint64_t *state, int64_t count) {
         const int64_t m = 1 + random_below(state, 1 << random_below(state, 21)),
                       n = 1 + random_below(state, 1 << random_below(state, 16));
         const int64_t k = 1 + random_below(state, 1 << random_below(state, 15));
-        const char *const kernel = ask(m, n, k, (int)random_below(state, 8));
+        const int gap = (int)random_below(state, 8);
+        const char *const kernel = ask(m, n, k, gap);
+        if (kernel != ask(m, n, k, gap))
+            CHECK_FAIL("%lld x %lld x %lld: another kernel for the same question", (long long)m, (long long)n,
+                       (long long)k);
         const bool hopper = strncmp(kernel, "tile", 4) != 0 && strncmp(kernel, "gate", 4) != 0;
         if ((hopper && !device.exactly_90) || last.cluster > largest_cluster)
             CHECK_FAIL("%s, clusters of %d, on a device that has none", kernel, last.cluster);
