@@ -178,6 +178,8 @@ def test_the_sources_say_what_the_documentation_says() -> None:
     assert declared() == {"CHUNK": 256, "COLUMNS": 512, "PARTS": 8}
 
 
+# M and N, none a multiple of a tile: among the lengths below, they take every kernel of csrc/cuda/mm_split.cuh.
+EVERY_TILE = ((1600, 330), (1600, 500), (3001, 160), (3001, 200), (3001, 330), (3001, 500), (4097, 330), (8191, 200))
 LENGTHS = (256, 257, 320, 1000, 1544, 2048, 2112, 2880, 5120, 7168, 7176, 9000, 12288, 16384)
 
 
@@ -186,7 +188,7 @@ LENGTHS = (256, 257, 320, 1000, 1544, 2048, 2112, 2880, 5120, 7168, 7176, 9000, 
 def test_the_rule(k: int, dtype: str) -> None:
     """A product of few columns, from chains that products of many columns give."""
     compared = Comparison()
-    a, b = make(2048, k, dtype=dtype, key="rule"), make(512, k, dtype=dtype, key="weight")
+    a, b = make(8191, k, dtype=dtype, key="rule"), make(512, k, dtype=dtype, key="weight")
     many = torch.cat([b, b[:8]])
     wanted = by_the_rule(512, k, lambda chunk: product(a[:, chunk].contiguous(), many[:, chunk].contiguous().T))[
         :, :512
@@ -194,18 +196,18 @@ def test_the_rule(k: int, dtype: str) -> None:
     for n in (1, 32, 129, 256, 512):
         for m in (1, 2, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
             compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
-        bias = make(n, dtype="float32", key="bias")
-        for m in (1, 20, 40, 700, 1111, 2048):
-            biased = product(a[:m], b[:n].T, bias=bias)
-            compared.add((m, n, k, "bias"), biased, wanted[:m, :n] + bias)
-            frame = torch.full((m, n + 3), 7.0, device="cuda")
-            expected = frame.clone()
-            expected[:, 1 : n + 1] = wanted[:m, :n]
-            fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, 1 : n + 1])
-            compared.add((m, n, k, "frame"), frame, expected)
-            narrow = fusednorm.mm_dtype(a[:m], b[:n].T, out=empty(m, n, dtype_of(dtype)))
-            compared.add((m, n, k, "narrow"), narrow, wanted[:m, :n].to(dtype_of(dtype)))
         compared.add((50, n, k, "column-major"), product(a[:50], b[:n].T.contiguous()), wanted[:50, :n].contiguous())
+    for m, n in ((1, 32), (20, 129), (40, 256), (140, 256), (300, 256), (300, 500), (700, 1), (1000, 200), *EVERY_TILE):
+        compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
+        bias = make(n, dtype="float32", key="bias")
+        compared.add((m, n, k, "bias"), product(a[:m], b[:n].T, bias=bias), wanted[:m, :n] + bias)
+        narrow = fusednorm.mm_dtype(a[:m], b[:n].T, out=empty(m, n, dtype_of(dtype)))
+        compared.add((m, n, k, "narrow"), narrow, wanted[:m, :n].to(dtype_of(dtype)))
+        frame = torch.full((m, n + 3), 7.0, device="cuda")
+        expected = frame.clone()
+        expected[:, 1 : n + 1] = wanted[:m, :n]
+        fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, 1 : n + 1])
+        compared.add((m, n, k, "frame"), frame, expected)
     compared.check()
 
 

@@ -141,12 +141,24 @@ PRODUCTS = [(m, n, k) for m in (1, 9, 40, 140) for n, k in ((48, 1100), (24, 40)
 PRODUCTS += [(8, 256, 2048), (1, 30, 2880), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
 PRODUCTS += [(40, 64, 2112), (70, 128, 320), (70, 256, 320), (70, 512, 320), (260, 512, 320), (2100, 40, 320)]
 PRODUCTS += [(4100, 16, 320), (3000, 130, 320), (9000, 40, 320)]
+# With these, every tile of csrc/cuda/mm_split.cuh.
+TILES = [(300, 256, 2112), (300, 500, 2112), (300, 500, 7168), (1000, 500, 2112), (1600, 330, 2112), (1600, 500, 2112)]
+TILES += [
+    (1000, 160, 7168),
+    (2049, 256, 2112),
+    (3001, 160, 2112),
+    (3001, 200, 320),
+    (3001, 330, 320),
+    (3001, 500, 320),
+    (4097, 330, 320),
+]
 
 
 @pytest.mark.parametrize("kind", ["dense", "an element on", "gap", "every other"])
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), [(HALF, HALF), ("float16", "float16"), ("float32", HALF)])
 def test_products(a_dtype: str, b_dtype: str, kind: str) -> None:
-    for m, n, k in PRODUCTS if kind == "dense" else PRODUCTS[::3]:
+    tiles = TILES if a_dtype == b_dtype and kind == "dense" else []
+    for m, n, k in (PRODUCTS if kind == "dense" else PRODUCTS[::3]) + tiles:
         rng = seeded("products", m, n, k)
         a, b, bias = (
             (rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)).astype(np.float32).astype(dtype)

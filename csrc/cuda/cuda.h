@@ -48,7 +48,7 @@ typedef struct {
 fn_status fn_cuda_allow_shared(fn_cuda_devices *done, int32_t device, const void *kernel, int bytes);
 
 /* How many clusters of the launch's kernel, threads and shared memory the device can hold at once; `asked`, one for each such,
- * keeps what was asked for before. */
+ * keeps what was asked for before. The first to ask lets the kernel have all shared memory that a block can have. */
 fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *launch, int *clusters);
 
 /* Makes the device and its context current, for calls of the driver; `previous` is what fn_cuda_leave takes. */

@@ -164,15 +164,18 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
 /* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have. The
  * constants fit what was measured on an H200 (15 kernels, 54 shapes, within 10 % in the mean), so that the fastest kernel is
  * chosen, or one that takes at most 6 % more, but for 3 shapes (9, 11 and 20 %). */
-static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t blocks, uint32_t usable) {
+static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t k_tiles, uint32_t blocks,
+                       uint32_t usable) {
     const double start = 1500; /* a launch, and what comes first */
     /* What a multiprocessor does in a nanosecond: bytes of operands that arrive, bytes of sums that it sends or keeps, products
      * of a weight with a token, FN_MM_TILE_K long; and bytes of operands that leave L2. */
     const double operands = 95, sums = 20, products = 34, l2 = 9000;
     const uint32_t parts = FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, each = (blocks + usable - 1) / usable;
-    const double tiles = (double)parts * part_tiles, cells = (double)kernel->tokens * kernel->weights;
+    const double tiles = parts * part_tiles < k_tiles ? parts * part_tiles : k_tiles; /* of the busiest block */
+    const double cells = (double)kernel->tokens * kernel->weights;
     const double bytes = tiles * FN_ATOM_BYTES * (kernel->tokens + kernel->weights);
-    /* Of 8 parts, half of the sums wait, of 4 half are sent away, of 2 half of the blocks send both. */
+    /* Sums that a block sends to others, or keeps for later, in tiles. Of 2 parts half of the blocks send both; of 4 half of the
+     * sums stay where they are; of 8 they go to its own shared memory, which costs little. */
     const double sent = parts == 8 ? 0.25 : parts == 4 ? 0.5 : parts == 2 ? 1.5 : 1;
     double time = each * bytes / operands;
     if (time < blocks * bytes / l2) time = blocks * bytes / l2;
@@ -182,13 +185,14 @@ static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, ui
 
 static double estimate(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan, const fn_mm_cut *cut,
                        uint32_t clusters_at_once) {
-    const uint32_t rows = plan->m < INT32_MAX ? (uint32_t)plan->m : INT32_MAX, parts = (uint32_t)cut->part_tiles;
+    const uint32_t rows = plan->m < INT32_MAX ? (uint32_t)plan->m : INT32_MAX, part = (uint32_t)cut->part_tiles;
+    const uint32_t k_tiles = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K);
     const uint32_t tokens = (uint32_t)kernel->tokens, weights = (uint32_t)kernel->weights;
     const uint32_t clusters = (rows + tokens - 1) / tokens * (((uint32_t)plan->n + weights - 1) / weights);
     const uint32_t size = (uint32_t)kernel->cluster, usable = clusters_at_once * size / (uint32_t)kernel->resident;
     const uint32_t rounds = clusters / clusters_at_once, rest = clusters % clusters_at_once;
-    return (rounds ? rounds * round_of(kernel, parts, clusters_at_once * size, usable) : 0) +
-           (rest ? round_of(kernel, parts, rest * size, usable) : 0);
+    return (rounds ? rounds * round_of(kernel, part, k_tiles, clusters_at_once * size, usable) : 0) +
+           (rest ? round_of(kernel, part, k_tiles, rest * size, usable) : 0);
 }
 
 static fn_cuda_launch split_launch(const fn_mm_plan *plan, const fn_mm_split_kernel *kernel, const void *args,
@@ -221,6 +225,7 @@ _Static_assert(FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
 static uint64_t question_of(const fn_mm_plan *plan) {
     enum { M_BITS = 24, N_BITS = 10, K_BITS = 20, DEVICE_BITS = 6 };
     _Static_assert(M_BITS + N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
+    _Static_assert(FN_MM_GATE_COLUMNS < 1 << N_BITS && FN_CUDA_MOST_DEVICES <= 1 << DEVICE_BITS, "");
     if (plan->m >> M_BITS || plan->n >> N_BITS || plan->k >> K_BITS || plan->device_id >> DEVICE_BITS) return 0;
     uint64_t question = (uint64_t)plan->m;
     question = question << N_BITS | (uint64_t)plan->n;
@@ -251,6 +256,7 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         const double time = estimate(kernel, plan, cut, (uint32_t)clusters);
         if (time < least) least = time, *found = kernel;
     }
+    FN_REQUIRE(*found, FN_ERROR_RUNTIME, "%s: the device can hold none", name);
     if (question)
         atomic_store_explicit(place, question << KERNEL_BITS | (uint64_t)(*found - table->split), memory_order_relaxed);
     return FN_OK;

@@ -61,7 +61,9 @@ typedef struct {
 typedef struct {
     CUtensorMap a, b;
     fn_mm_out to;
-    uint32_t k_blocks, part_blocks, tiles_m;
+    uint32_t k_blocks;    /* of FN_MM_TILE_K columns */
+    uint32_t part_blocks; /* of these, in a part */
+    uint32_t tiles_m;
     uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_split_args;
 
@@ -77,7 +79,7 @@ typedef struct {
 
 typedef struct {
     const void *function;
-    int tokens, weights, threads, cluster, resident, shared_bytes;
+    int tokens, weights, threads, cluster, resident, shared_bytes; /* resident: blocks that a multiprocessor holds */
 } fn_mm_split_kernel;
 
 enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 15 };

@@ -22,6 +22,19 @@ typedef struct {
     uint32_t stage, parity, previous;
 } fn_ring_position;
 
+/* -0, to which everything may be added and is left as it was. */
+template <int COUNT> FN_DEVICE void fn_set_to_nothing(float sums[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) sums[i] = -0.0f;
+}
+
+/* Of sums that products have just left. */
+template <int COUNT> FN_DEVICE void fn_add_to(float total[COUNT], float sums[COUNT]) {
+    fn_keep_sums<COUNT>(sums);
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sums[i]);
+}
+
 /* sum = that of the k up to block `end`, a part: its chunks' sums, added up. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::COLUMNS / 2]) {
@@ -41,7 +54,7 @@ FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, 
                                            k ? 1 : before);
             fn_products_commit();
             fn_products_wait<1>();
-            if (now.block++) fn_release<1>(ring.drained + 8 * now.previous, lane);
+            if (now.block++ && lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
             now.previous = now.stage;
             if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
         }

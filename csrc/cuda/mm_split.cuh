@@ -24,7 +24,7 @@ struct fn_split_shape {
     static constexpr int TOKENS = TOKENS_FIRST ? ROWS : COLUMNS, WEIGHTS = TOKENS_FIRST ? COLUMNS : ROWS;
     /* More registers than all threads could have: then the producer is a warpgroup, which gives its own. */
     static constexpr bool MANY_REGISTERS = PARTS > 1 && RESIDENT == 1;
-    static constexpr int REGISTERS = GROUPS == 3 ? 160 : 240;
+    static constexpr int REGISTERS = GROUPS == 3 ? 160 : 240, PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMERS = FN_WARPGROUP * GROUPS, THREADS = CONSUMERS + (MANY_REGISTERS ? FN_WARPGROUP : 32);
     static constexpr int ROWS_BYTES = ROWS * FN_ATOM_BYTES, STAGE_BYTES = ROWS_BYTES + COLUMNS * FN_ATOM_BYTES;
     static constexpr int UNITS = COLUMNS / 8, UNIT = CONSUMERS * (int)sizeof(float4); /* bytes of one, of all threads */
@@ -33,7 +33,10 @@ struct fn_split_shape {
     static constexpr int SUMS = BLOCKS == 4 ? 6 : BLOCKS, SENT = OWN * UNIT;
     static constexpr int RECEIVED = STAGES * STAGE_BYTES, BARRIERS = RECEIVED + SUMS * SENT;
     static constexpr int SHARED = BARRIERS + (2 * STAGES + 1) * 8 + FN_SHARED_ALIGNMENT;
-    static_assert(COLUMNS % 8 == 0 && SHARED <= 232448 / RESIDENT, "");
+    static_assert(COLUMNS % 8 == 0 && SHARED + 1024 <= 233472 / RESIDENT, ""); /* each block costs 1024 more */
+    static_assert(!MANY_REGISTERS ||
+                      CONSUMERS * REGISTERS + FN_WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
+                  ""); /* what the launch gives */
     static_assert(FN_MM_GATE_PARTS == 8 && PARTS * BLOCKS == FN_MM_GATE_PARTS, "");
 };
 
@@ -77,7 +80,7 @@ FN_DEVICE void fn_split_produce(const fn_mm_split_args &args, const fn_split_mem
     let_dependents_start();
 }
 
-/* One of a thread's sums of all its outputs, the one that is added as number `which`, to the outputs' owners. */
+/* Sends a term of each of a thread's outputs, that which is added as number `which`, to the block that owns the output. */
 template <typename S>
 FN_DEVICE void fn_split_send(const fn_split_memory &at, int which, const float sums[S::COLUMNS / 2]) {
     const uint32_t to = at.received + which * S::SENT + threadIdx.x * (uint32_t)sizeof(float4);
@@ -117,36 +120,37 @@ FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, 
     }
 }
 
-/* out(row, column), out(row, column + 1) = round(low + bias), round(high + bias); column is even. */
-FN_DEVICE void fn_store_pair(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, float low, float high) {
-    if (row >= to.rows || column >= to.columns) return;
-    char *const there = to.data + (int64_t)row * to.stride + (int64_t)column * (to.dtype == FN_FLOAT32 ? 4 : 2);
+/* out(token, weight), out(token, weight + 1) = round(low + bias), round(high + bias); weight is even. */
+FN_DEVICE void fn_store_pair(const fn_mm_out &to, bool in_pairs, uint32_t token, uint32_t weight, float low,
+                             float high) {
+    if (token >= to.rows || weight >= to.columns) return;
+    char *const there = to.data + (int64_t)token * to.stride + (int64_t)weight * (to.dtype == FN_FLOAT32 ? 4 : 2);
     low = without_minus_zero(low);
     high = without_minus_zero(high);
     if (to.bias) {
-        low = fn_add(low, fn_mm_bias(to, column));
-        high = fn_add(high, fn_mm_bias(to, column + 1));
+        low = fn_add(low, fn_mm_bias(to, weight));
+        high = fn_add(high, fn_mm_bias(to, weight + 1));
     }
     if (to.dtype == FN_FLOAT32) {
-        if (in_pairs && column + 1 < to.columns) {
+        if (in_pairs && weight + 1 < to.columns) {
             *(float2 *)there = make_float2(low, high);
             return;
         }
         *(float *)there = low;
-        if (column + 1 < to.columns) *(float *)(there + 4) = high;
+        if (weight + 1 < to.columns) *(float *)(there + 4) = high;
     } else {
         const uint32_t both = fn_pack2(low, high, to.dtype);
-        if (in_pairs && column + 1 < to.columns) {
+        if (in_pairs && weight + 1 < to.columns) {
             *(uint32_t *)there = both;
             return;
         }
         *(uint16_t *)there = (uint16_t)both;
-        if (column + 1 < to.columns) *(uint16_t *)(there + 2) = (uint16_t)(both >> 16);
+        if (weight + 1 < to.columns) *(uint16_t *)(there + 2) = (uint16_t)(both >> 16);
     }
 }
 
-/* A unit: rows `row` and `row` + 8, columns `column` and `column` + 1. Where the rows are weights, a thread has one where its
- * neighbour, four lanes on, has the next: of its two tokens each gives one away, so that both have two weights of one token. */
+/* A unit: rows `row` and `row` + 8, columns `column` and `column` + 1. Where the rows are weights, lanes l and l ^ 4 have weights
+ * w and w + 1 of tokens t and t + 1: they swap, so that one has both weights of t and the other both of t + 1. */
 template <typename S>
 FN_DEVICE void fn_store_unit(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, float4 v) {
     if constexpr (S::TOKENS_FIRST) {
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
     __syncthreads();
     if (S::BLOCKS > 1) fn_cluster_arrive_relaxed(); /* a block is written to once it has begun */
     if (warp >= S::CONSUMERS / 32) {
-        if constexpr (S::MANY_REGISTERS) fn_registers_down<24>();
+        if constexpr (S::MANY_REGISTERS) fn_registers_down<S::PRODUCER_REGISTERS>();
         if (thread == S::CONSUMERS) fn_split_produce<S>(args, at, first, blocks, token, weight);
         __syncwarp();
         if (S::BLOCKS > 1) fn_cluster_wait();

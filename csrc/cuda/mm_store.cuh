@@ -49,19 +49,6 @@ template <int COUNT> FN_DEVICE void fn_keep_sums(float sums[COUNT]) {
     for (int i = 0; i < COUNT; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-/* -0, to which everything may be added and is left as it was. */
-template <int COUNT> FN_DEVICE void fn_set_to_nothing(float sums[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) sums[i] = -0.0f;
-}
-
-/* Of sums that products have just left. */
-template <int COUNT> FN_DEVICE void fn_add_to(float total[COUNT], float sums[COUNT]) {
-    fn_keep_sums<COUNT>(sums);
-#pragma unroll
-    for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sums[i]);
-}
-
 /* Four 8 x 8 matrices of 16 bits; lane l gives the address of row l % 8 of matrix l / 8. */
 FN_DEVICE void fn_put_matrices(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c),

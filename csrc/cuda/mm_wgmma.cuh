@@ -1,12 +1,11 @@
 /* mm_wgmma.cuh: products of many rows, on compute capability 9.0.
  *
  * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums. Then + bias;
- * then one rounding. No block splits K, so no bit depends on the
- * tile. Here `a` is the tokens, b the weights: N rows along k.
+ * then one rounding. No block splits K, so no bit depends on the tile. Here `a` is the tokens, b the weights: N rows along k.
  *
  * A block is three warpgroups: one thread of the first keeps a ring of stages filled (64 columns of a's rows and of b's rows,
- * by the copy engine), two consume them, in turns, a tile each, so that one multiplies while the other writes. The blocks are persistent: the ring runs on into the next tile.
- * The blocks of a cluster lie side by side and share the rows of b (SHARE_B), or of a: each loads a part, for all of them.
+ * by the copy engine), two consume them, in turns, a tile each, so that one multiplies while the other writes. The blocks are
+ * persistent: the ring runs on into the next tile. The blocks of a cluster have the same rows of b: each loads a part, for all.
  *
  * A sum's way out: registers, 16 rows of 128 bytes of shared memory that belong to the warp, the copy engine.
  */
@@ -18,14 +17,12 @@
 #include "mm_store.cuh"
 
 /* A consumer's sums are 64 * BLOCKS_M x BN. */
-template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_, bool SHARE_B_> struct fn_mm_shape {
+template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_> struct fn_mm_shape {
     static constexpr int MB = BLOCKS_M, BN = BN_, STAGES = STAGES_, BUFFERS = BUFFERS_, CLUSTER = CLUSTER_;
-    static constexpr bool SHARE_B = SHARE_B_;
     static constexpr int BM = 64 * MB;
     static constexpr int A_BYTES = BM * FN_ATOM_BYTES, B_BYTES = BN * FN_ATOM_BYTES, STAGE_BYTES = A_BYTES + B_BYTES;
-    static constexpr int A_BOX = SHARE_B ? BM : BM / CLUSTER,
-                         B_BOX = SHARE_B ? BN / CLUSTER : BN; /* rows of one load */
-    static constexpr int UNIT_M = SHARE_B ? BM * CLUSTER : BM, UNIT_N = SHARE_B ? BN : BN * CLUSTER;
+    static constexpr int A_BOX = BM, B_BOX = BN / CLUSTER; /* rows of one load */
+    static constexpr int UNIT_M = BM * CLUSTER, UNIT_N = BN;
     static constexpr int STAGING = STAGES * STAGE_BYTES;
     static constexpr int BARRIERS = STAGING + 8 * BUFFERS * FN_STAGING_BYTES;
     static constexpr int SHARED = BARRIERS + 2 * STAGES * 8 + FN_SHARED_ALIGNMENT;
@@ -39,8 +36,8 @@ FN_DEVICE void fn_mm_place(const fn_mm_prefill_args &args, uint32_t unit, uint32
     const uint32_t whole = args.group * args.units_n, first = unit / whole * args.group, in_group = unit % whole;
     const uint32_t high = min(args.units_m - first, args.group);
     const uint32_t m = first + in_group % high, n = in_group / high;
-    *row = (int)(m * S::UNIT_M + (S::SHARE_B ? rank * S::BM : 0));
-    *column = (int)(n * S::UNIT_N + (S::SHARE_B ? 0 : rank * S::BN));
+    *row = (int)(m * S::UNIT_M + rank * S::BM);
+    *column = (int)(n * S::UNIT_N);
 }
 
 template <typename S>
@@ -57,11 +54,8 @@ FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint
             const int k = (int)(block * FN_MM_TILE_K);
             fn_barrier_wait(drained + 8 * stage, parity);
             fn_barrier_expect(full, S::STAGE_BYTES);
-            if (many && !S::SHARE_B)
-                fn_box_multicast(to_a + rank * S::A_BOX * FN_ATOM_BYTES, &args.a, k, row + (int)rank * S::A_BOX, full,
-                                 all);
-            else fn_box_load(to_a, &args.a, k, row, full);
-            if (many && S::SHARE_B)
+            fn_box_load(to_a, &args.a, k, row, full);
+            if (many)
                 fn_box_multicast(to_b + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, k, column + (int)rank * S::B_BOX,
                                  full, all);
             else fn_box_load(to_b, &args.b, k, column, full);
@@ -76,7 +70,7 @@ FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint
         }
 }
 
-/* 64 rows of sums, those of a warp from `row` on. */
+/* A warp's sums, 16 rows from `row` on. */
 template <typename S>
 FN_DEVICE void fn_mm_write(const fn_mm_prefill_args &args, float sums[S::BN / 2], int row, int column,
                            fn_staging *staging, int lane) {
@@ -165,7 +159,7 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
 
 /* 128 x 128 in turns, two blocks with the same rows of b: 657 to 709 TFLOP/s on an H200 at 4096 x 4096 to 28672 x 8192 and
  * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere. */
-using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2, true>;
+using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2>;
 
 #define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER

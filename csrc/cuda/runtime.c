@@ -185,12 +185,14 @@ fn_status fn_cuda_clusters_at_once(fn_cuda_counts *asked, const fn_cuda_launch *
     _Atomic int16_t none = 0, *const kept = launch->device < FN_CUDA_MOST_DEVICES ? &asked->of[launch->device] : &none;
     *clusters = atomic_load_explicit(kept, memory_order_relaxed) - 1;
     if (*clusters >= 0) return FN_OK;
+    fn_cuda_properties properties;
     int previous = 0;
+    FN_TRY(fn_cuda_properties_of(launch->device, &properties));
     configuration c;
     configure(&c, launch, false);
     FN_CUDA_TRY("CUDA device", enter_device(launch->device, &previous));
     cudaError_t error =
-        cudaFuncSetAttribute(launch->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, launch->shared_bytes);
+        cudaFuncSetAttribute(launch->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, properties.shared_bytes);
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(clusters, launch->kernel, &c.config);
     if (error == cudaErrorInvalidClusterSize) { /* the device has no such clusters at all */
         (void)cudaGetLastError();
