@@ -179,7 +179,7 @@ class Run:
         self.deadline = self.started + 60 * options.minutes
         self.head = describe()
         self.outcomes: list[Outcome] = []
-        self.waiting = [part for step in options.only for part in PARTS[step]]
+        self.waiting = [part for step in STEPS for part in PARTS[step] if part in options.only]
         self.temporary = tempfile.TemporaryDirectory()
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -249,7 +249,8 @@ class Run:
     def test(self) -> None:
         log = self.begin("tests.txt")
         for part in PARTS["test"]:
-            self.pytest(part, log)
+            if part in self.options.only:
+                self.pytest(part, log)
 
     def pytest(self, part: str, log: Path) -> None:
         junit = Path(self.temporary.name) / f"{part}.xml"
@@ -355,16 +356,18 @@ def elements_compared(log: Path, part: str) -> str:
 
 
 def parse_arguments() -> argparse.Namespace:
-    def steps(text: str) -> tuple[str, ...]:
+    names = PARTS | {part: (part,) for part in PARTS["test"]}
+
+    def parts(text: str) -> set[str]:
         wanted = [name for name in text.split(",") if name]
         for name in wanted:
-            if name not in STEPS:
-                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(STEPS)}")
-        return tuple(name for name in STEPS if name in wanted)
+            if name not in names:
+                raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(names)}")
+        return {part for name in wanted for part in names[name]}
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where the results go; made if it is not there")
-    parser.add_argument("--only", type=steps, default=STEPS, metavar="STEPS", help=", ".join(STEPS))
+    parser.add_argument("--only", type=parts, default=",".join(STEPS), metavar="STEPS", help=", ".join(names))
     parser.add_argument("--peer", type=Path, action="append", default=[], metavar="FILE", help="for benchmarks.run")
     parser.add_argument("--quick", action="store_true", help="the benchmarks: fewer shapes and turns")
     parser.add_argument("--minutes", type=float, default=8.0, metavar="NUMBER", help="default: %(default)s")
@@ -382,7 +385,7 @@ def main() -> int:
     for line in run.head_lines():
         say(line)
     run.write_summary()
-    for step in run.options.only:
+    for step in (step for step in STEPS if run.options.only.intersection(PARTS[step])):
         try:
             getattr(run, step)()
         except Exception as error:  # of this script or of the machine: the next step may still run
