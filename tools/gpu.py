@@ -112,7 +112,7 @@ class Child:
                 elif self.cut and now > self.deadline + GRACE_S:
                     break
         finally:
-            if self.process.poll() is None:
+            if self.cut or self.process.poll() is None:  # what a command started may outlive it, and use the GPU
                 self.signal(signal.SIGKILL)
             self.status = self.process.wait()
             self.reader.join(5)
