@@ -112,8 +112,10 @@ __global__ void __launch_bounds__(32 * FN_MM_GATE_MOST_WARPS, 1) mm_gate(const _
     }
 }
 
-#define FN_MM_GATE(D, WEIGHTS, TOKENS)                                                                                 \
+#define FN_GATE(D, WEIGHTS, TOKENS)                                                                                    \
     (const void *)mm_gate<D, WEIGHTS, TOKENS>, WEIGHTS, TOKENS, 32, fn_gate_bytes<WEIGHTS, TOKENS>::operands,          \
         fn_kept<WEIGHTS, TOKENS>::bytes, true, true
+#define FN_MM_GATE(D)                                                                                                  \
+    {FN_GATE(D, 16, 8)}, {FN_GATE(D, 16, 16)}, {FN_GATE(D, 16, 32)}, { FN_GATE(D, 32, 32) }
 
 #endif

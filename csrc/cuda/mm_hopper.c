@@ -162,8 +162,8 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
 /* ---- K in parts ---------------------------------------------------------------------------------------------------------- */
 
 /* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have. The
- * constants fit what was measured on an H200 (15 kernels, 54 shapes, within 10 % in the mean), so that the fastest kernel is
- * chosen, or one that takes at most 6 % more, but for 3 shapes (9, 11 and 20 %). */
+ * constants fit what was measured on an H200 (15 kernels, 60 shapes; the chosen kernel's time within 11 % in the mean), so that the
+ * fastest is chosen, or one that takes at most 5 % more, but for 3 shapes (9, 11 and 20 %) and one whose choice was not measured. */
 static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t k_tiles, uint32_t blocks,
                        uint32_t usable) {
     const double start = 1500; /* a launch, and what comes first */

@@ -113,9 +113,20 @@ __global__ void __launch_bounds__(32 * WARPS_W * WARPS_T, 1) mm_tile(const __gri
     }
 }
 
-#define FN_MM_TILE(D, WEIGHTS, TOKENS, WARPS_W, WARPS_T, STAGES, CHUNKED, WHOLE)                                       \
+#define FN_TILE(D, WEIGHTS, TOKENS, WARPS_W, WARPS_T, STAGES, CHUNKED, WHOLE)                                          \
     (const void *)mm_tile<D, WEIGHTS, TOKENS, WARPS_W, WARPS_T, STAGES, CHUNKED, WHOLE>, WEIGHTS, TOKENS,              \
         32 * (WARPS_W) * (WARPS_T), fn_tile_bytes<WEIGHTS, TOKENS, STAGES, CHUNKED>::all,                              \
         fn_kept<WEIGHTS, TOKENS>::bytes, CHUNKED, WHOLE
+
+/* By the tile's tokens, ascending, for each of (chunked, whole). */
+#define FN_MM_TILE(D)                                                                                                  \
+    {FN_TILE(D, 32, 8, 2, 1, 8, false, true)}, {FN_TILE(D, 32, 16, 2, 1, 8, false, true)},                             \
+        {FN_TILE(D, 32, 32, 2, 1, 8, false, true)}, {FN_TILE(D, 64, 64, 2, 2, 6, false, true)},                        \
+        {FN_TILE(D, 128, 128, 4, 2, 3, false, true)}, {FN_TILE(D, 16, 8, 1, 1, 8, true, true)},                        \
+        {FN_TILE(D, 16, 32, 1, 1, 6, true, true)}, {FN_TILE(D, 64, 64, 2, 2, 4, true, true)},                          \
+        {FN_TILE(D, 64, 128, 2, 4, 4, true, true)}, {FN_TILE(D, 32, 8, 2, 1, 4, false, false)},                        \
+        {FN_TILE(D, 64, 64, 2, 2, 3, false, false)}, {FN_TILE(D, 16, 8, 1, 1, 4, true, false)}, {                      \
+        FN_TILE(D, 64, 64, 2, 2, 3, true, false)                                                                       \
+    }
 
 #endif
