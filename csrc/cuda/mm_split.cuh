@@ -45,36 +45,52 @@ typedef struct {
     uint32_t ring, received, filled, drained, all_here;
 } fn_split_memory;
 
+/* What the copy engine brings: the block's tile, and its blocks of k, counted from `first`. */
+typedef struct {
+    int token, weight, first, blocks;
+} fn_split_work;
+
 template <typename S>
-FN_DEVICE void fn_split_produce(const fn_mm_split_args &args, const fn_split_memory &at, int first, int blocks,
-                                int token, int weight) {
-    constexpr int TOKENS_AT = S::TOKENS_FIRST ? 0 : S::ROWS_BYTES, WEIGHTS_AT = S::TOKENS_FIRST ? S::ROWS_BYTES : 0;
-    const auto load_weights = [&](int block, uint32_t to, uint32_t filled) {
-        fn_barrier_expect(filled, S::STAGE_BYTES);
-        fn_box_load(to + WEIGHTS_AT, &args.b, (first + block) * FN_MM_TILE_K, weight, filled);
-    };
-    const auto load_tokens = [&](int block, uint32_t to, uint32_t filled) {
-        fn_box_load(to + TOKENS_AT, &args.a, (first + block) * FN_MM_TILE_K, token, filled);
-    };
+FN_DEVICE void fn_split_load_weights(const fn_mm_split_args &args, const fn_split_work &work, int block, uint32_t to,
+                                     uint32_t filled) {
+    fn_barrier_expect(filled, S::STAGE_BYTES);
+    fn_box_load(to + (S::TOKENS_FIRST ? S::ROWS_BYTES : 0), &args.b, (work.first + block) * FN_MM_TILE_K, work.weight,
+                filled);
+}
+
+template <typename S>
+FN_DEVICE void fn_split_load_tokens(const fn_mm_split_args &args, const fn_split_work &work, int block, uint32_t to,
+                                    uint32_t filled) {
+    fn_box_load(to + (S::TOKENS_FIRST ? 0 : S::ROWS_BYTES), &args.a, (work.first + block) * FN_MM_TILE_K, work.token,
+                filled);
+}
+
+/* The first round of the ring by itself: its addresses are constants, and where k is short there is no other. */
+template <typename S>
+FN_DEVICE void fn_split_fill(const fn_mm_split_args &args, const fn_split_memory &at, const fn_split_work &work) {
     if (args.early)
 #pragma unroll
         for (int i = 0; i < S::STAGES; i++)
-            if (i < blocks) load_weights(i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
+            if (i < work.blocks)
+                fn_split_load_weights<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
     wait_for_previous();
-    /* The first round by itself: its addresses are constants, and where k is short there is no other. */
 #pragma unroll
     for (int i = 0; i < S::STAGES; i++) {
-        if (i >= blocks) break;
-        if (!args.early) load_weights(i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
-        load_tokens(i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
+        if (i >= work.blocks) break;
+        if (!args.early) fn_split_load_weights<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
+        fn_split_load_tokens<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
     }
+}
+
+template <typename S>
+FN_DEVICE void fn_split_refill(const fn_mm_split_args &args, const fn_split_memory &at, const fn_split_work &work) {
     uint32_t stage = 0, parity = 0;
 #pragma unroll 1
-    for (int block = S::STAGES; block < blocks; block++) {
+    for (int block = S::STAGES; block < work.blocks; block++) {
         const uint32_t to = at.ring + stage * S::STAGE_BYTES, filled = at.filled + 8 * stage;
         fn_barrier_wait(at.drained + 8 * stage, parity);
-        load_weights(block, to, filled);
-        load_tokens(block, to, filled);
+        fn_split_load_weights<S>(args, work, block, to, filled);
+        fn_split_load_tokens<S>(args, work, block, to, filled);
         if (++stage == S::STAGES) stage = 0, parity ^= 1;
     }
     let_dependents_start();
@@ -103,7 +119,6 @@ FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, 
     if constexpr (S::PARTS == 2) {
         float first[COUNT];
         fn_sum_part<S, IN>(ring, now, min(end, part_blocks), lane, first);
-        fn_cluster_wait();
         if (rank % 2) { /* the half's other block has what comes before: these are added one by one */
             fn_split_send<S>(at, rank / 2 * 3 + 1, first);
             fn_set_to_nothing<COUNT>(first);
@@ -115,7 +130,6 @@ FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, 
     } else {
         if constexpr (S::PARTS == 1) fn_sum_part<S, IN>(ring, now, end, lane, sum);
         else fn_sum_half<S, IN>(ring, now, part_blocks, part_blocks, end, lane, sum);
-        fn_cluster_wait();
         fn_split_send<S>(at, rank, sum);
     }
 }
@@ -233,12 +247,15 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
     if (S::BLOCKS > 1) fn_cluster_arrive_relaxed(); /* a block is written to once it has begun */
     if (warp >= S::CONSUMERS / 32) {
         if constexpr (S::MANY_REGISTERS) fn_registers_down<S::PRODUCER_REGISTERS>();
-        if (thread == S::CONSUMERS) fn_split_produce<S>(args, at, first, blocks, token, weight);
+        const fn_split_work work = {token, weight, first, blocks};
+        if (thread == S::CONSUMERS) fn_split_fill<S>(args, at, work);
         __syncwarp();
         if (S::BLOCKS > 1) fn_cluster_wait();
+        if (thread == S::CONSUMERS) fn_split_refill<S>(args, at, work);
         return;
     }
     if constexpr (S::MANY_REGISTERS) fn_registers_up<S::REGISTERS>();
+    if (S::BLOCKS > 1) fn_cluster_wait(); /* while the first loads are on their way */
     wait_for_previous();
     const fn_ring own = {fn_tile(ring + warp / 4 * 64 * FN_ATOM_BYTES), fn_tile(ring + S::ROWS_BYTES), at.filled,
                          at.drained};
