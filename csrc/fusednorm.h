@@ -126,5 +126,8 @@ bool fn_cuda_event_is_done(void *event); /* never waits; NULL is done */
 void fn_cuda_event_finish(void *event);  /* waits for it if it must, and frees it; NULL: nothing */
 /* For tests: NULL returns to the policy (cuda/schedule.h), or to what FUSEDNORM_CUDA_SCHEDULE names. */
 fn_status fn_cuda_force_schedule(const char *name);
+/* As that, for products whose K is in parts, on compute capability 9.0: NULL returns to the policy (cuda/mm_hopper.c), or to what
+ * FUSEDNORM_CUDA_PRODUCT names. */
+fn_status fn_cuda_force_product(const char *name);
 
 #endif

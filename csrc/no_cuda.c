@@ -59,6 +59,11 @@ fn_status fn_cuda_force_schedule(const char *name) {
     return absent("CUDA schedule");
 }
 
+fn_status fn_cuda_force_product(const char *name) {
+    (void)name;
+    return absent("CUDA product kernel");
+}
+
 fn_status fn_norm_run_cuda(const fn_norm_plan *plan) {
     (void)plan;
     return absent("CUDA array");

@@ -287,10 +287,11 @@ def cpu_path(request: pytest.FixtureRequest) -> Iterator[CorePath]:
 
 @pytest.fixture
 def cuda() -> Iterator[None]:
-    """What is compared counts for CUDA, and no schedule stays forced."""
+    """What is compared counts for CUDA, and no schedule or kernel stays forced."""
     with helpers.counting("cuda"):
         yield
     _core._force_cuda_schedule(None)
+    _core._force_cuda_product(None)
 
 
 @pytest.fixture

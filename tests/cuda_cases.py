@@ -6,8 +6,10 @@ with the reference here too.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import cuda_device
@@ -31,6 +33,24 @@ def schedules() -> Iterator[str]:
         _core._force_cuda_schedule(name)
         yield name or "the policy's choice"
     _core._force_cuda_schedule(None)
+
+
+def split_kernels() -> list[str]:
+    """The names of the kernels of csrc/cuda/mm_split.cuh, if the device has them."""
+    if fusednorm.info()["cuda"]["devices"][0]["compute_capability"] != "9.0":
+        return []
+    source = (Path(__file__).parent.parent / "csrc" / "cuda" / "mm_split.cuh").read_text()
+    names = re.findall(r"using fn_split_(\w+) =", source)
+    assert len(names) > 10
+    return names
+
+
+def forced_products() -> Iterator[str]:
+    """Forces each in turn."""
+    for name in split_kernels():
+        _core._force_cuda_product(name)
+        yield name
+    _core._force_cuda_product(None)
 
 
 def torch_with_cuda() -> Any:

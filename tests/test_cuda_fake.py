@@ -71,6 +71,15 @@ def test_forced_schedule(fake: Fake) -> None:
         fake.core._force_cuda_schedule("fast")
 
 
+def test_forced_product(fake: Fake) -> None:
+    fake.core._force_cuda_product("64x16_by8")
+    fake.core._force_cuda_product(None)
+    with pytest.raises(RuntimeError, match="no kernel"):
+        fake.core._force_cuda_product("64x17_by8")
+    with pytest.raises(TypeError):
+        fake.core._force_cuda_product(8)
+
+
 # ---- __cuda_array_interface__ ----
 
 

@@ -18,9 +18,11 @@ import helpers
 import numpy as np
 import pytest
 import test_tensor_core
+from cuda_cases import forced_products, split_kernels
 from test_cuda_mm_rows import GATES, PROJECTIONS, Comparison, dtype_of, empty, make, product, torch
 
 import fusednorm
+from fusednorm import _core
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -178,8 +180,7 @@ def test_the_sources_say_what_the_documentation_says() -> None:
     assert declared() == {"CHUNK": 256, "COLUMNS": 512, "PARTS": 8}
 
 
-# M and N, no N the multiple of a tile's weights: the kernels of csrc/cuda/mm_split.cuh that few rows do not reach.
-MANY_ROWS = ((1600, 330), (1600, 500), (3001, 160), (3001, 200), (3001, 330), (3001, 500), (4097, 330), (8191, 200))
+MANY_ROWS = ((1600, 330), (1600, 500), (3001, 160), (3001, 500), (4097, 330), (8191, 200))
 LENGTHS = (256, 257, 320, 1000, 1544, 2048, 2112, 2880, 5120, 7168, 7176, 9000, 12288, 16384)
 
 
@@ -197,18 +198,35 @@ def test_the_rule(k: int, dtype: str) -> None:
         for m in (1, 2, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
             compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
         compared.add((50, n, k, "column-major"), product(a[:50], b[:n].T.contiguous()), wanted[:50, :n].contiguous())
-    for m, n in ((1, 32), (20, 129), (40, 256), (140, 256), (300, 256), (300, 500), (700, 1), (1000, 200), *MANY_ROWS):
-        compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
+
+    def check_results(m: int, n: int, *what: Any) -> None:
+        compared.add((m, n, k, *what), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
         bias = make(n, dtype="float32", key="bias")
-        compared.add((m, n, k, "bias"), product(a[:m], b[:n].T, bias=bias), wanted[:m, :n] + bias)
-        narrow = fusednorm.mm_dtype(a[:m], b[:n].T, out=empty(m, n, dtype_of(dtype)))
-        compared.add((m, n, k, "narrow"), narrow, wanted[:m, :n].to(dtype_of(dtype)))
+        compared.add((m, n, k, "bias", *what), product(a[:m], b[:n].T, bias=bias), wanted[:m, :n] + bias)
+        for narrow_bias in (None, bias):
+            narrow = fusednorm.mm_dtype(a[:m], b[:n].T, bias=narrow_bias, out=empty(m, n, dtype_of(dtype)))
+            sums = wanted[:m, :n] if narrow_bias is None else wanted[:m, :n] + bias
+            compared.add((m, n, k, "narrow", *what), narrow, sums.to(dtype_of(dtype)))
         frame = torch.full((m, n + 3), 7.0, device="cuda")
         expected = frame.clone()
         expected[:, 1 : n + 1] = wanted[:m, :n]
         fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, 1 : n + 1])
-        compared.add((m, n, k, "frame"), frame, expected)
+        compared.add((m, n, k, "frame", *what), frame, expected)
+
+    for m, n in ((1, 32), (20, 129), (40, 256), (140, 256), (300, 256), (300, 500), (700, 1), (1000, 200), *MANY_ROWS):
+        check_results(m, n)
+    for kernel in forced_products():
+        for m, n in ((1, 8), (33, 1), (77, 100), (130, 512), (300, 200), (1000, 330)):
+            check_results(m, n, kernel)
     compared.check()
+
+
+def test_names_of_kernels() -> None:
+    if not split_kernels():
+        pytest.skip("needs compute capability 9.0")
+    with pytest.raises(RuntimeError, match="64x17_by8") as caught:
+        _core._force_cuda_product("64x17_by8")
+    assert str(caught.value).split("must be one of ")[1].split(", ") == split_kernels()
 
 
 @each_dtype

@@ -15,7 +15,7 @@ import cuda_arrays
 import helpers
 import numpy as np
 import pytest
-from cuda_cases import SCHEDULES, expected_of
+from cuda_cases import SCHEDULES, expected_of, forced_products
 from helpers import DTYPES, POISON, assert_same_bits, random_rows, random_weight, seeded
 from test_bits import Case
 
@@ -141,24 +141,32 @@ PRODUCTS = [(m, n, k) for m in (1, 9, 40, 140) for n, k in ((48, 1100), (24, 40)
 PRODUCTS += [(8, 256, 2048), (1, 30, 2880), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
 PRODUCTS += [(40, 64, 2112), (70, 128, 320), (70, 256, 320), (70, 512, 320), (260, 512, 320), (2100, 40, 320)]
 PRODUCTS += [(4100, 16, 320), (3000, 130, 320), (9000, 40, 320)]
-# With these, every tile of csrc/cuda/mm_split.cuh.
-TILES = [(300, 256, 2112), (300, 500, 2112), (300, 500, 7168), (1000, 500, 2112), (1600, 330, 2112), (1600, 500, 2112)]
-TILES += [(1000, 160, 7168), (2049, 256, 2112), (3001, 160, 2112), (3001, 200, 320), (3001, 330, 320), (3001, 500, 320)]
-TILES += [(4097, 330, 320)]
+# Of each kernel of csrc/cuda/mm_split.cuh: the ring goes round, or does not; tiles are whole, or are not.
+FORCED = [(140, 200, 2112), (70, 40, 5000), (300, 256, 320)]
+
+
+def multiply(a_dtype: str, b_dtype: str, kind: str, m: int, n: int, k: int, *what: Any) -> None:
+    rng = seeded("products", m, n, k)
+    a, b, bias = (
+        (rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)).astype(np.float32).astype(dtype)
+        for shape, dtype in (((m, k), a_dtype), ((n, k), b_dtype), ((n,), "float32"))
+    )
+    wanted = (a.astype(np.float64) @ b.T.astype(np.float64) + bias).astype(np.float32)
+    placed = {"a": a, "b": b, "bias": bias, "out": np.zeros_like(wanted)}
+    on = {name: cuda_arrays.to_device({"": laid_out(v, kind) if v.size else v})[""] for name, v in placed.items()}
+    fusednorm.mm_dtype(on["a"], on["b"].T, bias=on["bias"], out=on["out"])
+    assert_same_bits(np.array(on["out"].download(), order="C"), wanted, (m, n, k, kind, *what))
 
 
 @pytest.mark.parametrize("kind", ["dense", "an element on", "gap", "every other"])
 @pytest.mark.parametrize(("a_dtype", "b_dtype"), [(HALF, HALF), ("float16", "float16"), ("float32", HALF)])
 def test_products(a_dtype: str, b_dtype: str, kind: str) -> None:
-    tiles = TILES if a_dtype == b_dtype and kind == "dense" else []
-    for m, n, k in (PRODUCTS if kind == "dense" else PRODUCTS[::3]) + tiles:
-        rng = seeded("products", m, n, k)
-        a, b, bias = (
-            (rng.integers(1, 9, shape) * rng.choice([-1, 1], shape)).astype(np.float32).astype(dtype)
-            for shape, dtype in (((m, k), a_dtype), ((n, k), b_dtype), ((n,), "float32"))
-        )
-        wanted = (a.astype(np.float64) @ b.T.astype(np.float64) + bias).astype(np.float32)
-        placed = {"a": a, "b": b, "bias": bias, "out": np.zeros_like(wanted)}
-        on = {name: cuda_arrays.to_device({"": laid_out(v, kind) if v.size else v})[""] for name, v in placed.items()}
-        fusednorm.mm_dtype(on["a"], on["b"].T, bias=on["bias"], out=on["out"])
-        assert_same_bits(np.array(on["out"].download(), order="C"), wanted, (m, n, k, kind))
+    for m, n, k in PRODUCTS if kind == "dense" else PRODUCTS[::3]:
+        multiply(a_dtype, b_dtype, kind, m, n, k)
+
+
+@pytest.mark.parametrize("dtype", [HALF, "float16"])
+def test_forced_products(dtype: str) -> None:
+    for kernel in forced_products():
+        for m, n, k in FORCED:
+            multiply(dtype, dtype, "dense", m, n, k, kernel)

@@ -9,6 +9,9 @@
 
 #include <math.h>
 #include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
@@ -67,6 +70,41 @@ static const fn_mm_decode_kernel *find_decode(const fn_mm_plan *plan, const fn_c
     return decode_turns < PREFILL_STEPS * prefill_turns ? kernel : NULL;
 }
 
+/* A place in the tables; -1: none; FUSEDNORM_CUDA_PRODUCT or fn_cuda_force_product names it. -2: the environment was not read. */
+static atomic_int forced_split = -2;
+
+static fn_status split_from_name(const char *source, const char *name, int *found) {
+    char names[24 * FN_MM_SPLIT_KERNELS] = "";
+    for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) {
+        const char *known = fn_mm_hopper_bf16.split[i].name;
+        if (strcmp(name, known) == 0) {
+            *found = i;
+            return FN_OK;
+        }
+        const size_t used = strlen(names);
+        snprintf(names + used, sizeof names - used, "%s%s", used ? ", " : "", known);
+    }
+    return fn_fail(FN_ERROR_RUNTIME, "%s is \"%.40s\": must be one of %s", source, name, names);
+}
+
+static fn_status get_forced_split(int *forced) {
+    *forced = atomic_load_explicit(&forced_split, memory_order_relaxed);
+    if (*forced == -2) {
+        const char *name = getenv("FUSEDNORM_CUDA_PRODUCT");
+        *forced = -1;
+        if (name && *name) FN_TRY(split_from_name("FUSEDNORM_CUDA_PRODUCT", name, forced));
+        atomic_store(&forced_split, *forced);
+    }
+    return FN_OK;
+}
+
+fn_status fn_cuda_force_product(const char *name) {
+    int found = -2;
+    if (name) FN_TRY(split_from_name("the forced product kernel", name, &found));
+    atomic_store(&forced_split, found);
+    return FN_OK;
+}
+
 bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device) {
     enum { LEAST_MULTIPROCESSORS = 2 }; /* a cluster's */
     if (!device->exactly_90 || device->multiprocessors < LEAST_MULTIPROCESSORS) return false;
@@ -78,7 +116,8 @@ bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_
     if (plan->out.stride[1] != out_bytes || (uintptr_t)plan->out.data % (unsigned)out_bytes != 0 ||
         plan->out.stride[0] % out_bytes != 0)
         return false;
-    return cut->parts == 1 || plan->m > GATE_TOKENS;
+    int forced;
+    return cut->parts == 1 || plan->m > GATE_TOKENS || get_forced_split(&forced) != FN_OK || forced >= 0;
 }
 
 /* ---- launches ----------------------------------------------------------------------------------------------------------- */
@@ -113,15 +152,15 @@ static fn_status launch_units(const fn_mm_plan *plan, const void *kernel, const 
                                                .stream = plan->stream});
 }
 
-/* The operands' maps, and that of out where the engine writes it. */
+/* The operands' maps, and that of out where the engine writes it, in boxes of out_box rows of out_bytes. */
 static fn_status make_maps(const fn_mm_plan *plan, CUtensorMap *a, int a_box, CUtensorMap *b, int b_box,
-                           CUtensorMap *out) {
+                           CUtensorMap *out, int out_box, int out_bytes) {
     const fn_tensor_map_source tokens = tokens_of(plan), weights = weights_of(plan), result = out_of(plan);
     int previous = 0;
     FN_TRY(fn_cuda_enter(plan->device_id, &previous));
-    fn_status status = fn_tensor_map(a, &tokens, a_box);
-    if (status == FN_OK) status = fn_tensor_map(b, &weights, b_box);
-    if (status == FN_OK && out) status = fn_tensor_map(out, &result, FN_STAGING_ROWS);
+    fn_status status = fn_tensor_map(a, &tokens, a_box, FN_ATOM_BYTES);
+    if (status == FN_OK) status = fn_tensor_map(b, &weights, b_box, FN_ATOM_BYTES);
+    if (status == FN_OK && out) status = fn_tensor_map(out, &result, out_box, out_bytes);
     fn_cuda_leave(plan->device_id, previous);
     return status;
 }
@@ -139,7 +178,7 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                               .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
                               .early = plan->weights_are_constant};
     args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->cluster) * args.tiles_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->cluster, &args.b, rows, NULL));
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->cluster, &args.b, rows, NULL, 0, 0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
                         device->shared_bytes, device);
@@ -153,7 +192,8 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
                                .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m)};
     args.units = args.units_m * args.units_n;
-    FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL));
+    FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
+                     FN_STAGING_ROWS, FN_ATOM_BYTES));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_PREFILL_THREADS,
                         kernel->shared_bytes, device);
@@ -162,25 +202,27 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
 /* ---- K in parts ---------------------------------------------------------------------------------------------------------- */
 
 /* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have. The
- * constants fit what was measured on an H200 (15 kernels, 60 shapes; the chosen kernel's time within 11 % in the mean), so that the
- * fastest is chosen, or one that takes at most 5 % more, but for 3 shapes (9, 11 and 20 %) and one whose choice was not measured. */
+ * constants fit what was measured on an H200 (14 kernels, 65 shapes; the chosen kernel's time within 12 % in the mean), so that the
+ * fastest is chosen, or one that takes at most 5 % more, but for one shape (10 %) and two whose choice was not measured. */
 static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t k_tiles, uint32_t blocks,
                        uint32_t usable) {
     const double start = 1500; /* a launch, and what comes first */
+    /* Where two blocks fit on a multiprocessor the next kernel's come early, and are in the way of more than half a device's. */
+    const double crowded = kernel->resident > 1 && 2 * blocks > usable ? 250 : 0;
     /* What a multiprocessor does in a nanosecond: bytes of operands that arrive, bytes of sums that it sends or keeps, products
      * of a weight with a token, FN_MM_TILE_K long; and bytes of operands that leave L2. */
-    const double operands = 95, sums = 20, products = 34, l2 = 9000;
+    const double operands = 130, sums = 26, products = 33, l2 = 8500;
     const uint32_t parts = FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, each = (blocks + usable - 1) / usable;
     const double tiles = parts * part_tiles < k_tiles ? parts * part_tiles : k_tiles; /* of the busiest block */
     const double cells = (double)kernel->tokens * kernel->weights;
     const double bytes = tiles * FN_ATOM_BYTES * (kernel->tokens + kernel->weights);
-    /* Sums that a block sends to others, or keeps for later, in tiles. Of 2 parts half of the blocks send both; of 4 half of the
-     * sums stay where they are; of 8 they go to its own shared memory, which costs little. */
-    const double sent = parts == 8 ? 0.25 : parts == 4 ? 0.5 : parts == 2 ? 1.5 : 1;
+    /* Sums that a block sends to others, or keeps for later, in tiles. Of 2 parts half of the blocks send both, one while the
+     * other is added up; of 4 half of the sums stay where they are; of 8 they go to its own shared memory, which costs little. */
+    const double sent = parts == 8 ? 0.25 : parts == 4 ? 0.5 : parts == 2 ? 1.25 : 1;
     double time = each * bytes / operands;
     if (time < blocks * bytes / l2) time = blocks * bytes / l2;
     if (time < each * tiles * cells / products) time = each * tiles * cells / products;
-    return start + each * sent * cells * sizeof(float) / sums + time;
+    return start + crowded + each * sent * cells * sizeof(float) / sums + time;
 }
 
 static double estimate(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan, const fn_mm_cut *cut,
@@ -238,6 +280,12 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
     static fn_cuda_counts asked[2][FN_MM_SPLIT_KERNELS];
     static _Atomic uint64_t answers[2][1 << ANSWER_BITS];
     const fn_mm_hopper_kernels *table = table_of(plan);
+    int forced, clusters;
+    FN_TRY(get_forced_split(&forced));
+    if (forced >= 0) {
+        *found = &table->split[forced];
+        return clusters_at_once(plan, *found, &asked[table == &fn_mm_hopper_f16][forced], device, &clusters);
+    }
     const uint64_t question = question_of(plan);
     _Atomic uint64_t *const place =
         &answers[table == &fn_mm_hopper_f16][question * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS)];
@@ -250,7 +298,6 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
     *found = NULL;
     for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) {
         const fn_mm_split_kernel *kernel = &table->split[i];
-        int clusters;
         FN_TRY(clusters_at_once(plan, kernel, &asked[table == &fn_mm_hopper_f16][i], device, &clusters));
         if (clusters < 1) continue;
         const double time = estimate(kernel, plan, cut, (uint32_t)clusters);
@@ -268,11 +315,15 @@ static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
                              .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                              .part_blocks = (uint32_t)cut->part_tiles,
                              .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
+                             .tiles_n = (uint32_t)fn_divide_up(plan->n, kernel->weights),
                              .early = plan->weights_are_constant};
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, kernel->weights, NULL));
+    args.to.by_engine = args.to.by_engine && kernel->out_tokens;
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, kernel->weights, args.to.by_engine ? &args.out : NULL,
+                     kernel->out_tokens, kernel->out_weights * fn_dtypes[plan->out.dtype].bytes));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    const fn_cuda_launch launch =
-        split_launch(plan, kernel, &args, args.tiles_m * fn_divide_up(plan->n, kernel->weights));
+    fn_cuda_launch launch = split_launch(plan, kernel, &args, (int64_t)args.tiles_m * args.tiles_n);
+    /* Blocks of a cluster are neighbours on the device: what two of them read is fetched once. */
+    if (kernel->cluster == 1 && launch.blocks % 2 == 0) launch.cluster = 2;
     return fn_cuda_run(name, &launch);
 }
 
@@ -304,6 +355,12 @@ fn_status fn_mm_hopper_warmup(void) {
 }
 
 #else
+
+fn_status fn_cuda_force_product(const char *name) {
+    FN_REQUIRE(!name, FN_ERROR_RUNTIME, "the forced product kernel is \"%.40s\": built without compute capability 9.0",
+               name);
+    return FN_OK;
+}
 
 bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device) {
     (void)plan, (void)cut, (void)device;

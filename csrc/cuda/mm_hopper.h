@@ -59,11 +59,11 @@ typedef struct {
 
 /* Of mm_split.cuh. */
 typedef struct {
-    CUtensorMap a, b;
+    CUtensorMap a, b, out;
     fn_mm_out to;
     uint32_t k_blocks;    /* of FN_MM_TILE_K columns */
     uint32_t part_blocks; /* of these, in a part */
-    uint32_t tiles_m;
+    uint32_t tiles_m, tiles_n;
     uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_split_args;
 
@@ -78,11 +78,13 @@ typedef struct {
 } fn_mm_decode_kernel;
 
 typedef struct {
+    const char *name; /* as FUSEDNORM_CUDA_PRODUCT has it */
     const void *function;
     int tokens, weights, threads, cluster, resident, shared_bytes; /* resident: blocks that a multiprocessor holds */
+    int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 15 };
+enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */

@@ -20,7 +20,24 @@ typedef struct {
 typedef struct {
     int block; /* of k, counted from the first of this block's */
     uint32_t stage, parity, previous;
+    uint32_t stages;  /* of this round */
+    int fewer_stages; /* the block of k from which on a round has STAGES: where one begins */
 } fn_ring_position;
+
+/* The ring has FIRST_STAGES as long as whole rounds of them fit into `blocks` blocks of k, then STAGES. */
+template <typename S> FN_DEVICE fn_ring_position fn_ring_begin(int blocks) {
+    return {0, 0, 0, 0, S::FIRST_STAGES, blocks / S::FIRST_STAGES * S::FIRST_STAGES};
+}
+
+template <typename S> FN_DEVICE void fn_ring_next(fn_ring_position &now) {
+    now.block++;
+    now.previous = now.stage;
+    const uint32_t stages = S::FIRST_STAGES == S::STAGES ? S::STAGES : now.stages;
+    if (++now.stage < stages) return;
+    now.stage = 0;
+    now.parity ^= 1;
+    if (now.block >= now.fewer_stages) now.stages = S::STAGES;
+}
 
 /* -0, to which everything may be added and is left as it was. */
 template <int COUNT> FN_DEVICE void fn_set_to_nothing(float sums[COUNT]) {
@@ -35,6 +52,26 @@ template <int COUNT> FN_DEVICE void fn_add_to(float total[COUNT], float sums[COU
     for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sums[i]);
 }
 
+/* Begins the products of the next block of k, into sums that go on or start anew. */
+template <typename S, fn_dtype IN>
+FN_DEVICE void fn_multiply(const fn_ring &ring, const fn_ring_position &now, float chunk[S::COLUMNS / 2],
+                           uint32_t go_on) {
+    const uint32_t stage = now.stage * (S::STAGE_BYTES >> 4);
+    fn_barrier_wait(ring.filled + 8 * now.stage, now.parity);
+    fn_products_begin();
+#pragma unroll
+    for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
+        fn_product<IN, S::COLUMNS>(chunk, ring.rows + stage + 2 * k, ring.columns + stage + 2 * k, k ? 1 : go_on);
+    fn_products_commit();
+}
+
+/* They are done, and their stage is free. */
+template <typename S> FN_DEVICE void fn_finish_block(const fn_ring &ring, fn_ring_position &now, int lane) {
+    fn_products_wait<0>();
+    if (lane == 0) fn_barrier_arrive(ring.drained + 8 * now.stage);
+    fn_ring_next<S>(now);
+}
+
 /* sum = that of the k up to block `end`, a part: its chunks' sums, added up. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::COLUMNS / 2]) {
@@ -45,20 +82,16 @@ FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, 
         const int chunk_end = min(end, now.block + CHUNK);
         /* Nothing in this loop reads the sums: else the compiler would wait for the products at each of its turns. */
         for (uint32_t before = 0; now.block < chunk_end; before = 1) {
-            const uint32_t stage = now.stage * (S::STAGE_BYTES >> 4);
-            fn_barrier_wait(ring.filled + 8 * now.stage, now.parity);
-            fn_products_begin();
-#pragma unroll
-            for (int k = 0; k < FN_MM_TILE_K / FN_MM_STEP; k++)
-                fn_product<IN, S::COLUMNS>(chunk, ring.rows + stage + 2 * k, ring.columns + stage + 2 * k,
-                                           k ? 1 : before);
-            fn_products_commit();
-            fn_products_wait<1>();
-            if (now.block++ && lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
-            now.previous = now.stage;
-            if (++now.stage == S::STAGES) now.stage = 0, now.parity ^= 1;
+            fn_multiply<S, IN>(ring, now, chunk, before);
+            if constexpr (S::GROUPS > 1) {
+                fn_finish_block<S>(ring, now, lane);
+            } else { /* alone, a warpgroup queues its next products before the last ones end */
+                fn_products_wait<1>();
+                if (now.block && lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
+                fn_ring_next<S>(now);
+            }
         }
-        fn_products_wait<0>();
+        if (S::GROUPS == 1) fn_products_wait<0>();
         fn_add_to<COUNT>(sum, chunk);
     }
 }

@@ -15,11 +15,16 @@
 
 #include "mm_parts.cuh"
 
-/* BLOCKS of a cluster share the parts of k; RESIDENT blocks have room on a multiprocessor. */
-template <int GROUPS_, int COLUMNS_, int STAGES_, int BLOCKS_, int RESIDENT_, bool TOKENS_FIRST_ = false>
+/* BLOCKS of a cluster share the parts of k; RESIDENT blocks have room on a multiprocessor. A block that has all parts has sums
+ * waiting only when half of k is done: until then their place belongs to the ring, which has FIRST_STAGES. */
+template <int GROUPS_, int COLUMNS_, int STAGES_, int BLOCKS_, int RESIDENT_, bool TOKENS_FIRST_ = false,
+          int FIRST_STAGES_ = STAGES_>
 struct fn_split_shape {
     static constexpr int GROUPS = GROUPS_, COLUMNS = COLUMNS_, STAGES = STAGES_, BLOCKS = BLOCKS_, RESIDENT = RESIDENT_;
     static constexpr bool TOKENS_FIRST = TOKENS_FIRST_;
+    static constexpr int FIRST_STAGES = FIRST_STAGES_;
+    /* Blocks that run side by side read the same tokens; else the same weights. */
+    static constexpr bool SHARE_TOKENS = TOKENS_FIRST && BLOCKS < 4;
     static constexpr int ROWS = 64 * GROUPS, PARTS = FN_MM_GATE_PARTS / BLOCKS;
     static constexpr int TOKENS = TOKENS_FIRST ? ROWS : COLUMNS, WEIGHTS = TOKENS_FIRST ? COLUMNS : ROWS;
     /* More registers than all threads could have: then the producer is a warpgroup, which gives its own. */
@@ -27,22 +32,33 @@ struct fn_split_shape {
     static constexpr int REGISTERS = GROUPS == 3 ? 160 : 240, PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMERS = FN_WARPGROUP * GROUPS, THREADS = CONSUMERS + (MANY_REGISTERS ? FN_WARPGROUP : 32);
     static constexpr int ROWS_BYTES = ROWS * FN_ATOM_BYTES, STAGE_BYTES = ROWS_BYTES + COLUMNS * FN_ATOM_BYTES;
-    static constexpr int UNITS = COLUMNS / 8, UNIT = CONSUMERS * (int)sizeof(float4); /* bytes of one, of all threads */
+    static constexpr int UNITS = COLUMNS / 8, UNIT = 32 * (int)sizeof(float4); /* bytes of one, of a warp */
     static constexpr int OWN = (UNITS + BLOCKS - 1) / BLOCKS; /* units; the last owner may have fewer */
+    static constexpr int WARP_OWN = OWN * UNIT, OWN_BYTES = CONSUMERS / 32 * WARP_OWN;
     /* Behind the ring: sums that an owner receives, SUMS for each output; or the first half of the parts. */
-    static constexpr int SUMS = BLOCKS == 4 ? 6 : BLOCKS, SENT = OWN * UNIT;
-    static constexpr int RECEIVED = STAGES * STAGE_BYTES, BARRIERS = RECEIVED + SUMS * SENT;
-    static constexpr int SHARED = BARRIERS + (2 * STAGES + 1) * 8 + FN_SHARED_ALIGNMENT;
+    static constexpr int SUMS = BLOCKS == 4 ? 6 : BLOCKS, WAITING = STAGES * STAGE_BYTES;
+    static constexpr int FIRST_RING = FIRST_STAGES * STAGE_BYTES, LATER = WAITING + SUMS * OWN_BYTES;
+    static constexpr int BARRIERS = FIRST_RING > LATER ? FIRST_RING : LATER;
+    static constexpr int SHARED = BARRIERS + (2 * FIRST_STAGES + 1) * 8 + FN_SHARED_ALIGNMENT;
     static_assert(COLUMNS % 8 == 0 && SHARED + 1024 <= 233472 / RESIDENT, ""); /* each block costs 1024 more */
     static_assert(!MANY_REGISTERS ||
                       CONSUMERS * REGISTERS + FN_WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
                   ""); /* what the launch gives */
     static_assert(FN_MM_GATE_PARTS == 8 && PARTS * BLOCKS == FN_MM_GATE_PARTS, "");
+    /* The copy engine writes boxes of out: of a warp's 16 tokens, or of a warpgroup's 64 weights. Where an owner has few sums it is
+     * sooner done without the engine. */
+    static constexpr bool BY_ENGINE = BLOCKS < 8;
+    static constexpr int OUT_TOKENS = TOKENS_FIRST ? 16 : 8 * OWN;
+    static constexpr int OUT_WEIGHTS = !TOKENS_FIRST || OWN % 4 == 0 ? 32 : OWN % 2 == 0 ? 16 : 8;
+    static_assert(!BY_ENGINE || UNITS % OWN * 8 % (TOKENS_FIRST ? OUT_WEIGHTS : OUT_TOKENS) == 0, "");
+    static_assert(FIRST_STAGES == STAGES || (BLOCKS == 1 && GROUPS > 1), "");
+    static_assert(FIRST_STAGES <= FN_MM_GATE_PARTS / 2 * (FN_MM_GATE_CHUNK / FN_MM_TILE_K),
+                  ""); /* one round at least */
 };
 
 /* Where a block's things lie in its shared memory. */
 typedef struct {
-    uint32_t ring, received, filled, drained, all_here;
+    uint32_t ring, waiting, filled, drained, all_here;
 } fn_split_memory;
 
 /* What the copy engine brings: the block's tile, and its blocks of k, counted from `first`. */
@@ -70,12 +86,12 @@ template <typename S>
 FN_DEVICE void fn_split_fill(const fn_mm_split_args &args, const fn_split_memory &at, const fn_split_work &work) {
     if (args.early)
 #pragma unroll
-        for (int i = 0; i < S::STAGES; i++)
+        for (int i = 0; i < S::FIRST_STAGES; i++)
             if (i < work.blocks)
                 fn_split_load_weights<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
     wait_for_previous();
 #pragma unroll
-    for (int i = 0; i < S::STAGES; i++) {
+    for (int i = 0; i < S::FIRST_STAGES; i++) {
         if (i >= work.blocks) break;
         if (!args.early) fn_split_load_weights<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
         fn_split_load_tokens<S>(args, work, i, at.ring + i * S::STAGE_BYTES, at.filled + 8 * i);
@@ -84,22 +100,29 @@ FN_DEVICE void fn_split_fill(const fn_mm_split_args &args, const fn_split_memory
 
 template <typename S>
 FN_DEVICE void fn_split_refill(const fn_mm_split_args &args, const fn_split_memory &at, const fn_split_work &work) {
-    uint32_t stage = 0, parity = 0;
+    fn_ring_position now = fn_ring_begin<S>(FN_MM_GATE_PARTS / 2 * (int)args.part_blocks);
+    now.block = S::FIRST_STAGES;
+    if (now.fewer_stages == S::FIRST_STAGES) now.stages = S::STAGES;
 #pragma unroll 1
-    for (int block = S::STAGES; block < work.blocks; block++) {
-        const uint32_t to = at.ring + stage * S::STAGE_BYTES, filled = at.filled + 8 * stage;
-        fn_barrier_wait(at.drained + 8 * stage, parity);
-        fn_split_load_weights<S>(args, work, block, to, filled);
-        fn_split_load_tokens<S>(args, work, block, to, filled);
-        if (++stage == S::STAGES) stage = 0, parity ^= 1;
+    while (now.block < work.blocks) {
+        const uint32_t to = at.ring + now.stage * S::STAGE_BYTES, filled = at.filled + 8 * now.stage;
+        fn_barrier_wait(at.drained + 8 * now.stage, now.parity);
+        fn_split_load_weights<S>(args, work, now.block, to, filled);
+        fn_split_load_tokens<S>(args, work, now.block, to, filled);
+        fn_ring_next<S>(now);
     }
     let_dependents_start();
+}
+
+/* Where this thread's own sums are. */
+template <typename S> FN_DEVICE uint32_t fn_split_own(const fn_split_memory &at) {
+    return at.waiting + threadIdx.x / 32 * S::WARP_OWN + threadIdx.x % 32 * (uint32_t)sizeof(float4);
 }
 
 /* Sends a term of each of a thread's outputs, that which is added as number `which`, to the block that owns the output. */
 template <typename S>
 FN_DEVICE void fn_split_send(const fn_split_memory &at, int which, const float sums[S::COLUMNS / 2]) {
-    const uint32_t to = at.received + which * S::SENT + threadIdx.x * (uint32_t)sizeof(float4);
+    const uint32_t to = fn_split_own<S>(at) + which * S::OWN_BYTES;
 #pragma unroll
     for (int unit = 0; unit < S::UNITS; unit++) {
         const uint32_t place = to + unit % S::OWN * S::UNIT, owner = unit / S::OWN;
@@ -114,7 +137,7 @@ template <typename S, fn_dtype IN>
 FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, int part_blocks, int end, int rank,
                                 int lane) {
     constexpr int COUNT = S::COLUMNS / 2;
-    fn_ring_position now = {0, 0, 0, 0};
+    fn_ring_position now = fn_ring_begin<S>(0);
     float sum[COUNT];
     if constexpr (S::PARTS == 2) {
         float first[COUNT];
@@ -166,58 +189,157 @@ FN_DEVICE void fn_store_pair(const fn_mm_out &to, bool in_pairs, uint32_t token,
 /* A unit: rows `row` and `row` + 8, columns `column` and `column` + 1. Where the rows are weights, lanes l and l ^ 4 have weights
  * w and w + 1 of tokens t and t + 1: they swap, so that one has both weights of t and the other both of t + 1. */
 template <typename S>
-FN_DEVICE void fn_store_unit(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, float4 v) {
+FN_DEVICE void fn_store_unit(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, const float v[4]) {
     if constexpr (S::TOKENS_FIRST) {
-        fn_store_pair(to, in_pairs, row, column, v.x, v.y);
-        fn_store_pair(to, in_pairs, row + 8, column, v.z, v.w);
+        fn_store_pair(to, in_pairs, row, column, v[0], v[1]);
+        fn_store_pair(to, in_pairs, row + 8, column, v[2], v[3]);
     } else {
         const bool odd = row & 1;
-        const float near = __shfl_xor_sync(0xffffffffu, odd ? v.x : v.y, 4);
-        const float far = __shfl_xor_sync(0xffffffffu, odd ? v.z : v.w, 4);
+        const float near = __shfl_xor_sync(0xffffffffu, odd ? v[0] : v[1], 4);
+        const float far = __shfl_xor_sync(0xffffffffu, odd ? v[2] : v[3], 4);
         const uint32_t token = column + odd, weight = row - odd;
-        fn_store_pair(to, in_pairs, token, weight, odd ? near : v.x, odd ? v.y : near);
-        fn_store_pair(to, in_pairs, token, weight + 8, odd ? far : v.z, odd ? v.w : far);
+        fn_store_pair(to, in_pairs, token, weight, odd ? near : v[0], odd ? v[1] : near);
+        fn_store_pair(to, in_pairs, token, weight + 8, odd ? far : v[2], odd ? v[3] : far);
+    }
+}
+
+/* Where boxes of out have an element, in bytes: rows of weights, swizzled as the copy engine does it for such rows. */
+template <typename S, bool WIDE> FN_DEVICE uint32_t fn_split_place(uint32_t token, uint32_t weight) {
+    constexpr uint32_t bytes = WIDE ? 4 : 2, row = S::OUT_WEIGHTS * bytes;
+    const uint32_t at = token * row + weight % S::OUT_WEIGHTS * bytes;
+    return weight / S::OUT_WEIGHTS * (S::OUT_TOKENS * row) + (at ^ (at >> 3 & (row - 1) & 0x70));
+}
+
+/* Finishes the sums of the first `units`, and puts them into boxes. */
+template <typename S, bool WIDE>
+FN_DEVICE void fn_split_stage(const fn_mm_out &to, uint32_t boxes, const float sums[4 * S::OWN], int units,
+                              uint32_t row, uint32_t column, uint32_t first_weight) {
+    const auto put = [&](uint32_t token, uint32_t weight, float v) {
+        const uint32_t there = boxes + fn_split_place<S, WIDE>(token, weight);
+        if constexpr (WIDE) fn_put(there, v);
+        else fn_put_half(there, (uint16_t)fn_pack2(v, 0, to.dtype));
+    };
+    const auto put_pair = [&](uint32_t token, uint32_t weight, float low, float high) {
+        const uint32_t there = boxes + fn_split_place<S, WIDE>(token, weight);
+        if constexpr (WIDE) fn_put2(there, low, high);
+        else fn_put(there, __uint_as_float(fn_pack2(low, high, to.dtype)));
+    };
+    float bias[4] = {};
+#pragma unroll
+    for (int unit = 0; unit < S::OWN; unit++, column += 8) {
+        if (unit >= units) break;
+        if (to.bias && (S::TOKENS_FIRST || unit == 0)) {
+            const uint32_t weight = first_weight + (S::TOKENS_FIRST ? column : row);
+            bias[0] = fn_mm_bias(to, weight), bias[1] = S::TOKENS_FIRST ? fn_mm_bias(to, weight + 1) : bias[0];
+            bias[2] = S::TOKENS_FIRST ? bias[0] : fn_mm_bias(to, weight + 8),
+            bias[3] = S::TOKENS_FIRST ? bias[1] : bias[2];
+        }
+        float v[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            v[i] = without_minus_zero(sums[4 * unit + i]);
+            if (to.bias) v[i] = fn_add(v[i], bias[i]);
+        }
+        if constexpr (S::TOKENS_FIRST) {
+            put_pair(row, column, v[0], v[1]);
+            put_pair(row + 8, column, v[2], v[3]);
+        } else {
+            put(column, row, v[0]);
+            put(column + 1, row, v[1]);
+            put(column, row + 8, v[2]);
+            put(column + 1, row + 8, v[3]);
+        }
+    }
+}
+
+/* Writes the first `units` of the sums that this thread owns; (token, weight) is the first of its warp's, or of its warpgroup's. To
+ * the engine they go through the place where what they were added up from has been. */
+template <typename S>
+FN_DEVICE void fn_split_write(const fn_mm_split_args &args, const fn_split_memory &at, const float sums[4 * S::OWN],
+                              int units, uint32_t token, uint32_t weight) {
+    constexpr int SHARERS = S::TOKENS_FIRST ? 32 : FN_WARPGROUP;
+    const fn_mm_out &to = args.to;
+    const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const uint32_t row = lane / 4 + (S::TOKENS_FIRST ? 0 : warp % 4 * 16), column = 2 * (lane % 4);
+    if (S::BY_ENGINE && to.by_engine) {
+        const auto all_are_here = [&] {
+            if (S::TOKENS_FIRST) __syncwarp();
+            else fn_threads_wait(1 + warp / 4, FN_WARPGROUP);
+        };
+        const uint32_t boxes = at.waiting + threadIdx.x / SHARERS * (SHARERS / 32) * S::WARP_OWN;
+        const bool wide = to.dtype == FN_FLOAT32;
+        all_are_here(); /* none still reads what lay there */
+        if (wide) fn_split_stage<S, true>(to, boxes, sums, units, row, column, weight);
+        else fn_split_stage<S, false>(to, boxes, sums, units, row, column, weight);
+        fn_fence_for_engine();
+        all_are_here();
+        const uint32_t weights = S::TOKENS_FIRST ? 8 * units : 64, box = threadIdx.x % SHARERS;
+        if (box * S::OUT_WEIGHTS < weights && weight + box * S::OUT_WEIGHTS < to.columns && token < to.rows) {
+            fn_box_store(&args.out, (int)(weight + box * S::OUT_WEIGHTS), (int)token,
+                         boxes + box * (S::OUT_TOKENS * S::OUT_WEIGHTS * (wide ? 4 : 2)));
+            fn_stores_commit();
+            fn_stores_read<0>();
+        }
+    } else {
+        const bool in_pairs = ((uint64_t)to.data | (uint64_t)to.stride) % (to.dtype == FN_FLOAT32 ? 8 : 4) == 0;
+        const uint32_t first_row = row + (S::TOKENS_FIRST ? token : weight);
+        const uint32_t first_column = column + (S::TOKENS_FIRST ? weight : token);
+#pragma unroll
+        for (int unit = 0; unit < S::OWN; unit++)
+            if (unit < units) fn_store_unit<S>(to, in_pairs, first_row, first_column + 8 * unit, sums + 4 * unit);
     }
 }
 
 /* What an owner does: adds up what has come, and writes it. */
 template <typename S>
-FN_DEVICE void fn_split_finish(const fn_mm_out &to, const fn_split_memory &at, int rank, bool in_pairs, uint32_t row,
-                               uint32_t column) {
+FN_DEVICE void fn_split_finish(const fn_mm_split_args &args, const fn_split_memory &at, int rank, uint32_t token,
+                               uint32_t weight) {
+    const int first = rank * S::OWN, units = S::UNITS % S::OWN ? min(S::OWN, S::UNITS - first) : S::OWN;
+    float sums[4 * S::OWN];
     /* No block leaves before it has all, so none writes to one that has gone. */
     fn_barrier_wait_for_cluster(at.all_here, 0);
 #pragma unroll
-    for (int own = 0; own < S::OWN; own++) {
-        const int unit = rank * S::OWN + own;
-        if (unit >= S::UNITS) return;
-        const uint32_t from = at.received + own * S::UNIT + threadIdx.x * (uint32_t)sizeof(float4);
+    for (int unit = 0; unit < S::OWN; unit++) {
+        if (unit >= units) break;
         float4 sum[S::SUMS];
 #pragma unroll
-        for (int i = 0; i < S::SUMS; i++) sum[i] = load_floats(from + i * S::SENT);
-        fn_store_unit<S>(to, in_pairs, row, column + unit * 8, fold_parts<S::SUMS>(sum));
+        for (int i = 0; i < S::SUMS; i++) sum[i] = load_floats(fn_split_own<S>(at) + unit * S::UNIT + i * S::OWN_BYTES);
+        const float4 all = fold_parts<S::SUMS>(sum);
+        sums[4 * unit] = all.x, sums[4 * unit + 1] = all.y, sums[4 * unit + 2] = all.z, sums[4 * unit + 3] = all.w;
     }
+    fn_split_write<S>(args, at, sums, units, token + (S::TOKENS_FIRST ? 0 : 8 * first),
+                      weight + (S::TOKENS_FIRST ? 8 * first : 0));
 }
 
-/* A block that has all parts: the first half waits in shared memory, each unit where its thread finds it. */
+/* A block that has all parts: the first half waits in shared memory, where this thread alone finds it. */
 template <typename S, fn_dtype IN>
-FN_DEVICE void fn_split_alone(const fn_mm_out &to, const fn_ring &ring, const fn_split_memory &at, int part_blocks,
-                              int end, int lane, bool in_pairs, uint32_t row, uint32_t column) {
-    const uint32_t waiting = at.received + threadIdx.x * (uint32_t)sizeof(float4);
-    fn_ring_position now = {0, 0, 0, 0};
+FN_DEVICE void fn_split_alone(const fn_mm_split_args &args, const fn_ring &ring, const fn_split_memory &at, int end,
+                              int lane, uint32_t token, uint32_t weight) {
+    const int part_blocks = (int)args.part_blocks, half_end = FN_MM_GATE_PARTS / 2 * part_blocks;
+    const uint32_t waiting = fn_split_own<S>(at);
+    fn_ring_position now = fn_ring_begin<S>(half_end);
     float half[S::COLUMNS / 2];
     fn_sum_half<S, IN>(ring, now, part_blocks, part_blocks, end, lane, half);
+    if (end > half_end) {
+        /* All warpgroups are done with the stages that lay there. */
 #pragma unroll
-    for (int unit = 0; unit < S::UNITS; unit++) {
-        const float *v = half + 4 * unit;
-        store_floats(waiting + unit * S::UNIT, make_float4(v[0], v[1], v[2], v[3]));
-    }
-    fn_sum_half<S, IN>(ring, now, part_blocks, (FN_MM_GATE_PARTS / 2 + 1) * part_blocks, end, lane, half);
+        for (int stage = S::STAGES; stage < S::FIRST_STAGES; stage++)
+            fn_barrier_wait(ring.drained + 8 * stage, (now.fewer_stages / S::FIRST_STAGES - 1) & 1);
 #pragma unroll
-    for (int unit = 0; unit < S::UNITS; unit++) {
-        const float *v = half + 4 * unit;
-        const float4 both[2] = {load_floats(waiting + unit * S::UNIT), make_float4(v[0], v[1], v[2], v[3])};
-        fn_store_unit<S>(to, in_pairs, row, column + unit * 8, fold_parts<2>(both));
+        for (int unit = 0; unit < S::UNITS; unit++) {
+            const float *v = half + 4 * unit;
+            store_floats(waiting + unit * S::UNIT, make_float4(v[0], v[1], v[2], v[3]));
+        }
+        fn_sum_half<S, IN>(ring, now, part_blocks, half_end + part_blocks, end, lane, half);
+#pragma unroll
+        for (int unit = 0; unit < S::UNITS; unit++) {
+            float *v = half + 4 * unit;
+            const float4 first = load_floats(waiting + unit * S::UNIT);
+            v[0] = fn_add(first.x, v[0]), v[1] = fn_add(first.y, v[1]);
+            v[2] = fn_add(first.z, v[2]), v[3] = fn_add(first.w, v[3]);
+        }
     }
+    fn_split_write<S>(args, at, half, S::UNITS, token, weight);
 }
 
 template <typename S, fn_dtype IN>
@@ -226,22 +348,26 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
     const uint32_t ring = (shared_at(memory) + FN_SHARED_ALIGNMENT - 1) & ~(FN_SHARED_ALIGNMENT - 1u);
     const uint32_t filled = ring + S::BARRIERS, tile = blockIdx.x / S::BLOCKS;
     const int rank = S::BLOCKS > 1 ? (int)fn_cluster_rank() : 0;
-    const fn_split_memory at = {ring, ring + S::RECEIVED, filled, filled + 8 * S::STAGES, filled + 16 * S::STAGES};
-    const int token = (int)(tile % args.tiles_m) * S::TOKENS, weight = (int)(tile / args.tiles_m) * S::WEIGHTS;
+    const fn_split_memory at = {ring, ring + S::WAITING, filled, filled + 8 * S::FIRST_STAGES,
+                                filled + 16 * S::FIRST_STAGES};
+    const uint32_t tile_m = S::SHARE_TOKENS ? tile / args.tiles_n : tile % args.tiles_m;
+    const uint32_t tile_n = S::SHARE_TOKENS ? tile % args.tiles_n : tile / args.tiles_m;
+    const int token = (int)tile_m * S::TOKENS, weight = (int)tile_n * S::WEIGHTS;
     const int first = rank * (int)args.part_blocks * S::PARTS;
     const int blocks = min((int)args.part_blocks * S::PARTS, (int)args.k_blocks - first);
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);
     if (thread == S::CONSUMERS) {
         fn_prefetch_map(&args.a);
         fn_prefetch_map(&args.b);
-        for (int i = 0; i < S::STAGES; i++) {
+        if (S::BY_ENGINE && args.to.by_engine) fn_prefetch_map(&args.out);
+        for (int i = 0; i < S::FIRST_STAGES; i++) {
             fn_barrier_init(at.filled + 8 * i, 1);
             fn_barrier_init(at.drained + 8 * i, 4 * S::GROUPS);
         }
         fn_barrier_init(at.all_here, 1);
         fn_barrier_fence();
         const int units = max(min(S::OWN, S::UNITS - rank * S::OWN), 0);
-        if (S::BLOCKS > 1) fn_barrier_expect(at.all_here, units * S::SUMS * S::UNIT);
+        if (S::BLOCKS > 1) fn_barrier_expect(at.all_here, units * S::SUMS * (S::CONSUMERS / 32 * S::UNIT));
     }
     __syncthreads();
     if (S::BLOCKS > 1) fn_cluster_arrive_relaxed(); /* a block is written to once it has begun */
@@ -257,17 +383,15 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
     if constexpr (S::MANY_REGISTERS) fn_registers_up<S::REGISTERS>();
     if (S::BLOCKS > 1) fn_cluster_wait(); /* while the first loads are on their way */
     wait_for_previous();
-    const fn_ring own = {fn_tile(ring + warp / 4 * 64 * FN_ATOM_BYTES), fn_tile(ring + S::ROWS_BYTES), at.filled,
-                         at.drained};
-    const uint32_t row = (S::TOKENS_FIRST ? token : weight) + warp * 16 + lane / 4;
-    const uint32_t column = (S::TOKENS_FIRST ? weight : token) + 2 * (lane % 4);
-    const bool in_pairs =
-        ((uint64_t)args.to.data | (uint64_t)args.to.stride) % (args.to.dtype == FN_FLOAT32 ? 8 : 4) == 0;
+    const fn_ring view = {fn_tile(ring + warp / 4 * 64 * FN_ATOM_BYTES), fn_tile(ring + S::ROWS_BYTES), at.filled,
+                          at.drained};
+    const uint32_t first_token = (uint32_t)token + (S::TOKENS_FIRST ? warp * 16 : 0);
+    const uint32_t first_weight = (uint32_t)weight + (S::TOKENS_FIRST ? 0 : warp / 4 * 64);
     if constexpr (S::BLOCKS == 1) {
-        fn_split_alone<S, IN>(args.to, own, at, (int)args.part_blocks, blocks, lane, in_pairs, row, column);
+        fn_split_alone<S, IN>(args, view, at, blocks, lane, first_token, first_weight);
     } else {
-        fn_split_consume<S, IN>(own, at, (int)args.part_blocks, blocks, rank, lane);
-        if (rank * S::OWN < S::UNITS) fn_split_finish<S>(args.to, at, rank, in_pairs, row, column);
+        fn_split_consume<S, IN>(view, at, (int)args.part_blocks, blocks, rank, lane);
+        if (rank * S::OWN < S::UNITS) fn_split_finish<S>(args, at, rank, first_token, first_weight);
     }
 }
 
@@ -282,21 +406,21 @@ using fn_split_80x128_by4 = fn_split_shape<2, 80, 5, 4, 1, true>;
 using fn_split_128x64_by2 = fn_split_shape<2, 64, 7, 2, 1>;
 using fn_split_192x64_by2 = fn_split_shape<3, 64, 5, 2, 1>;
 using fn_split_80x128_by2 = fn_split_shape<2, 80, 7, 2, 1, true>;
-using fn_split_64x64_by1 = fn_split_shape<1, 64, 5, 1, 2>;
-using fn_split_128x64_by1 = fn_split_shape<2, 64, 8, 1, 1>;
-using fn_split_192x64_by1 = fn_split_shape<3, 64, 5, 1, 1>;
-using fn_split_128x128_by1 = fn_split_shape<2, 128, 5, 1, 1>;
-using fn_split_80x128_by1 = fn_split_shape<2, 80, 6, 1, 1, true>;
+using fn_split_64x128_by1 = fn_split_shape<2, 64, 8, 1, 1, true, 9>;
+using fn_split_80x128_by1 = fn_split_shape<2, 80, 7, 1, 1, true, 8>;
+using fn_split_96x128_by1 = fn_split_shape<2, 96, 6, 1, 1, true, 8>;
+using fn_split_128x128_by1 = fn_split_shape<2, 128, 5, 1, 1, true, 7>;
 
 #define FN_SPLIT(D, S)                                                                                                 \
-    (const void *)fn_mm_split<S, D>, S::TOKENS, S::WEIGHTS, S::THREADS, S::BLOCKS, S::RESIDENT, S::SHARED
+    &#S[sizeof "fn_split_" - 1], (const void *)fn_mm_split<S, D>, S::TOKENS, S::WEIGHTS, S::THREADS, S::BLOCKS,        \
+        S::RESIDENT, S::SHARED, S::BY_ENGINE ? S::OUT_TOKENS : 0, S::OUT_WEIGHTS
 #define FN_MM_SPLIT(D)                                                                                                 \
     {FN_SPLIT(D, fn_split_64x16_by8)}, {FN_SPLIT(D, fn_split_64x32_by8)}, {FN_SPLIT(D, fn_split_64x64_by8)},           \
         {FN_SPLIT(D, fn_split_128x64_by8)}, {FN_SPLIT(D, fn_split_128x128_by8)}, {FN_SPLIT(D, fn_split_128x72_by4)},   \
         {FN_SPLIT(D, fn_split_80x128_by4)}, {FN_SPLIT(D, fn_split_128x64_by2)}, {FN_SPLIT(D, fn_split_192x64_by2)},    \
-        {FN_SPLIT(D, fn_split_80x128_by2)}, {FN_SPLIT(D, fn_split_64x64_by1)}, {FN_SPLIT(D, fn_split_128x64_by1)},     \
-        {FN_SPLIT(D, fn_split_192x64_by1)}, {FN_SPLIT(D, fn_split_128x128_by1)}, {                                     \
-        FN_SPLIT(D, fn_split_80x128_by1)                                                                               \
+        {FN_SPLIT(D, fn_split_80x128_by2)}, {FN_SPLIT(D, fn_split_64x128_by1)}, {FN_SPLIT(D, fn_split_80x128_by1)},    \
+        {FN_SPLIT(D, fn_split_96x128_by1)}, {                                                                          \
+        FN_SPLIT(D, fn_split_128x128_by1)                                                                              \
     }
 
 #endif

@@ -39,6 +39,12 @@ template <int COLUMNS> FN_DEVICE void fn_add_bias(const fn_mm_out &to, float *su
     }
 }
 
+FN_DEVICE void fn_put(uint32_t to, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(v) : "memory"); }
+
+FN_DEVICE void fn_put_half(uint32_t to, uint16_t v) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(v) : "memory");
+}
+
 FN_DEVICE void fn_put2(uint32_t to, float low, float high) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(low), "f"(high) : "memory");
 }

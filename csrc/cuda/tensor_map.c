@@ -3,7 +3,7 @@
 
 #include <stdatomic.h>
 
-enum { ENGINE_UNIT = 16, BOX_BYTES = 128 };
+enum { ENGINE_UNIT = 16 };
 static const int64_t most_rows = INT32_MAX / 2, stride_end = (int64_t)1 << 40;
 
 /* One row has no stride: the engine asks for one nevertheless. */
@@ -31,7 +31,7 @@ static const CUtensorMapDataType types[] = {
 };
 _Static_assert(sizeof types / sizeof types[0] == FN_DTYPE_COUNT, "one for each dtype");
 
-fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, int box_rows) {
+fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, int box_rows, int row_bytes) {
     static _Atomic(encoder) known;
     encoder encode = atomic_load_explicit(&known, memory_order_relaxed);
     if (!encode) {
@@ -48,11 +48,15 @@ fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, in
     } const data = {source->data};
     const cuuint64_t size[2] = {(cuuint64_t)source->columns, (cuuint64_t)source->rows};
     const cuuint64_t strides[1] = {(cuuint64_t)stride_of(source)};
-    const cuuint32_t box[2] = {(cuuint32_t)(BOX_BYTES / fn_dtypes[source->dtype].bytes), (cuuint32_t)box_rows};
+    const cuuint32_t box[2] = {(cuuint32_t)(row_bytes / fn_dtypes[source->dtype].bytes), (cuuint32_t)box_rows};
     const cuuint32_t steps[2] = {1, 1};
+    const CUtensorMapSwizzle swizzle = row_bytes == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
+                                       : row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                       : row_bytes == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
+                                                         : CU_TENSOR_MAP_SWIZZLE_NONE;
     const CUresult result =
         encode(map, types[source->dtype], 2, data.passed, size, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+               swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     FN_REQUIRE(result == CUDA_SUCCESS, FN_ERROR_RUNTIME,
                "CUDA product: cuTensorMapEncodeTiled: error %d for %lld rows of %lld elements, %lld bytes apart",
                (int)result, (long long)source->rows, (long long)source->columns, (long long)strides[0]);

@@ -295,6 +295,7 @@ bool fn_weights_promised(fn_state *state);
 PyObject *fn_cuda_info_dict(void);
 PyObject *fn_py_warmup(PyObject *module, PyObject *const *args, Py_ssize_t nargs, PyObject *keywords);
 PyObject *fn_py_force_cuda_schedule(PyObject *module, PyObject *name);
+PyObject *fn_py_force_cuda_product(PyObject *module, PyObject *name);
 PyObject *fn_py_get_weights_are_constant(PyObject *module, PyObject *unused);
 PyObject *fn_py_set_weights_are_constant(PyObject *module, PyObject *constant);
 PyObject *fn_py_promise_weights(PyObject *module, PyObject *constant);

@@ -127,16 +127,25 @@ PyObject *fn_py_warmup(PyObject *module, PyObject *const *args, Py_ssize_t nargs
     Py_RETURN_NONE;
 }
 
-PyObject *fn_py_force_cuda_schedule(PyObject *module, PyObject *name) {
-    (void)module;
+static PyObject *force_by_name(PyObject *name, const char *format, fn_status (*force)(const char *)) {
     const char *text = NULL;
-    if (name != Py_None && !PyArg_Parse(name, "s:_force_cuda_schedule", &text)) return NULL;
-    const fn_status status = fn_cuda_force_schedule(text);
+    if (name != Py_None && !PyArg_Parse(name, format, &text)) return NULL;
+    const fn_status status = force(text);
     if (status != FN_OK) {
         fn_raise(status);
         return NULL;
     }
     Py_RETURN_NONE;
+}
+
+PyObject *fn_py_force_cuda_schedule(PyObject *module, PyObject *name) {
+    (void)module;
+    return force_by_name(name, "s:_force_cuda_schedule", fn_cuda_force_schedule);
+}
+
+PyObject *fn_py_force_cuda_product(PyObject *module, PyObject *name) {
+    (void)module;
+    return force_by_name(name, "s:_force_cuda_product", fn_cuda_force_product);
 }
 
 /* ---- weights_are_constant ------------------------------------------------------------------------------------------------ */

@@ -9,11 +9,11 @@
     "to x's framework (residual_out: residual's); where that can make none, as for arrays with nothing but\n"          \
     "__cuda_array_interface__, give the outputs. On CUDA the work is queued, and the call does not wait.\n"
 
-#define DOC_ERRORS                                                                                                     \
-    "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping outputs,\n"        \
-    "arrays on two devices, stream for CPU arrays), BufferError (a read-only output, as a jax.Array is) or\n"          \
-    "RuntimeError (a tensor that requires grad in grad mode, a CUDA array where CUDA is not built or not there,\n"     \
-    "a CUDA error, a wrong FUSEDNORM_CPU or FUSEDNORM_CUDA_SCHEDULE). It names the argument, where one is at\n"        \
+#define DOC_ERRORS                                                                                                                      \
+    "Raises TypeError (not an array, an unsupported dtype), ValueError (shapes, ranges, overlapping outputs,\n"                         \
+    "arrays on two devices, stream for CPU arrays), BufferError (a read-only output, as a jax.Array is) or\n"                           \
+    "RuntimeError (a tensor that requires grad in grad mode, a CUDA array where CUDA is not built or not there,\n"                      \
+    "a CUDA error, a wrong FUSEDNORM_CPU, FUSEDNORM_CUDA_SCHEDULE or FUSEDNORM_CUDA_PRODUCT). It names the argument, where one is at\n" \
     "fault, and nothing has been written then, unless CUDA itself failed.\n"
 
 #define DOC_RMS_NORM                                                                                                   \
@@ -105,6 +105,10 @@
 #define DOC_FORCE_CUDA_SCHEDULE                                                                                        \
     "_force_cuda_schedule($module, name, /)\n--\n\n"                                                                   \
     "For tests: use the named CUDA schedule wherever it can run; None: FUSEDNORM_CUDA_SCHEDULE, or the policy."
+
+#define DOC_FORCE_CUDA_PRODUCT                                                                                         \
+    "_force_cuda_product($module, name, /)\n--\n\n"                                                                    \
+    "For tests: use the named CUDA kernel for products whose K is in parts; None: FUSEDNORM_CUDA_PRODUCT, or the policy."
 
 #define DOC_FORCE_CPU_PATH                                                                                             \
     "_force_cpu_path($module, name, /)\n--\n\n"                                                                        \

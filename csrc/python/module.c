@@ -98,6 +98,7 @@ static PyMethodDef methods[] = {
     {"_promise_weights", fn_py_promise_weights, METH_O, DOC_PROMISE_WEIGHTS},
     {"_force_cpu_path", py_force_cpu_path, METH_O, DOC_FORCE_CPU_PATH},
     {"_force_cuda_schedule", fn_py_force_cuda_schedule, METH_O, DOC_FORCE_CUDA_SCHEDULE},
+    {"_force_cuda_product", fn_py_force_cuda_product, METH_O, DOC_FORCE_CUDA_PRODUCT},
     {NULL, NULL, 0, NULL},
 };
 

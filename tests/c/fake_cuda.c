@@ -103,6 +103,12 @@ fn_status fn_cuda_force_schedule(const char *name) {
     return FN_OK;
 }
 
+fn_status fn_cuda_force_product(const char *name) {
+    FN_REQUIRE(name == NULL || strcmp(name, "64x16_by8") == 0, FN_ERROR_RUNTIME, "no kernel \"%s\": there is 64x16_by8",
+               name);
+    return FN_OK;
+}
+
 fn_status fn_norm_run_cuda(const fn_norm_plan *plan) {
     FN_REQUIRE(!fails, FN_ERROR_RUNTIME, "norm: the fake fails: cudaErrorFake");
     LOG("norm %d: %llu%s\n", (int)plan->device_id, (unsigned long long)(uintptr_t)plan->stream,

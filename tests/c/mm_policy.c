@@ -64,8 +64,10 @@ fn_status fn_cuda_load(const void *kernel) {
     return FN_OK;
 }
 
-fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, int box_rows) {
-    (void)map, (void)source, (void)box_rows;
+fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, int box_rows, int row_bytes) {
+    if (box_rows < 1 || box_rows > 256 || (row_bytes != 128 && row_bytes != 64 && row_bytes != 32 && row_bytes != 16))
+        CHECK_FAIL("a box of %d rows of %d bytes", box_rows, row_bytes);
+    (void)map, (void)source;
     return FN_OK;
 }
 
@@ -81,9 +83,9 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
 #define GATE(W, T) "gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true
 /* Weights x tokens; STAGES of a ring, and behind it room for sums. */
 #define SPLIT(W, T, STAGES, BLOCKS, RESIDENT, SUMS_KIB)                                                                \
-    "split " #W "x" #T " by " #BLOCKS, T, W,                                                                           \
-        ((W) % 64 ? (T) : (W)) / 64 * 128 + ((BLOCKS) < 8 && (RESIDENT) == 1 ? 128 : 32), BLOCKS, RESIDENT,            \
-        ((STAGES) * ((T) + (W)) / 8 + (SUMS_KIB)) * 1024 + 1200
+#W "x" #T "_by" #BLOCKS, "split " #W "x" #T " by " #BLOCKS, T, W,                                                  \
+        ((W) % 64 || (BLOCKS) == 1 ? (T) : (W)) / 64 * 128 + ((BLOCKS) < 8 && (RESIDENT) == 1 ? 128 : 32), BLOCKS,     \
+        RESIDENT, ((STAGES) * ((T) + (W)) / 8 + (SUMS_KIB)) * 1024 + 1200, (BLOCKS) < 8 ? 16 : 0, 32
 
 const fn_mm_tensor_kernels fn_mm_bf16 = {
     {{TILE(32, 8, 64, 8, false, true)},
@@ -116,11 +118,10 @@ const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
      {SPLIT(128, 64, 7, 2, 1, 32)},
      {SPLIT(192, 64, 5, 2, 1, 48)},
      {SPLIT(80, 128, 7, 2, 1, 40)},
-     {SPLIT(64, 64, 5, 1, 2, 16)},
-     {SPLIT(128, 64, 8, 1, 1, 32)},
-     {SPLIT(192, 64, 5, 1, 1, 48)},
-     {SPLIT(128, 128, 5, 1, 1, 64)},
-     {SPLIT(80, 128, 6, 1, 1, 40)}},
+     {SPLIT(64, 128, 9, 1, 1, 0)},
+     {SPLIT(80, 128, 7, 1, 1, 40)},
+     {SPLIT(96, 128, 8, 1, 1, 0)},
+     {SPLIT(128, 128, 7, 1, 1, 0)}},
 };
 
 /* Only bfloat16 is asked for. */
@@ -167,25 +168,27 @@ static const expectation measured[] = {
     {8, 256, 7168, "gate 16x8"},
     {16, 256, 7168, "gate 16x16"},
     {32, 256, 7168, "gate 16x32"},
-    {48, 128, 4096, "split 64x16 by 8"},
+    {64, 128, 4096, "split 64x16 by 8"},
     {64, 256, 7168, "split 64x32 by 8"},
+    {64, 384, 7168, "split 64x64 by 8"},
     {128, 256, 7168, "split 64x64 by 8"},
     {256, 256, 7168, "split 128x64 by 8"},
+    {256, 384, 7168, "split 128x64 by 8"},
     {512, 256, 7168, "split 128x128 by 8"},
     {1024, 256, 7168, "split 128x72 by 4"},
     {1024, 160, 5120, "split 80x128 by 4"},
     {1024, 384, 7168, "split 128x64 by 2"},
     {2048, 256, 7168, "split 128x64 by 2"},
+    {4096, 128, 4096, "split 128x64 by 2"},
     {2048, 384, 7168, "split 192x64 by 2"},
     {2048, 160, 5120, "split 80x128 by 2"},
     {4096, 160, 5120, "split 80x128 by 2"},
-    {4096, 33, 1000, "split 64x64 by 1"}, /* not measured */
-    {4096, 256, 7168, "split 128x64 by 1"},
-    {8192, 128, 4096, "split 128x64 by 1"},
-    {4096, 384, 7168, "split 192x64 by 1"},
-    {8192, 384, 7168, "split 192x64 by 1"},
-    {8192, 256, 7168, "split 128x128 by 1"},
+    {4096, 256, 7168, "split 64x128 by 1"},
+    {8192, 128, 4096, "split 64x128 by 1"},
     {8192, 160, 5120, "split 80x128 by 1"},
+    {4096, 384, 7168, "split 96x128 by 1"},
+    {8192, 384, 7168, "split 96x128 by 1"},
+    {8192, 256, 7168, "split 128x128 by 1"},
     {1, 4096, 4096, "decode"},
     {64, 28672, 8192, "decode"},
     {128, 8192, 8192, "decode"},
@@ -228,6 +231,15 @@ int main(int argc, char **argv) {
             CHECK_FAIL("%lld rows by %lld x %lld: %s, but %s was measured", (long long)e->m, (long long)e->n,
                        (long long)e->k, kernel, e->kernel);
     }
+    for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++, questions += 2) {
+        const fn_mm_split_kernel *kernel = &fn_mm_hopper_bf16.split[i];
+        if (fn_cuda_force_product(kernel->name) != FN_OK || ask(1, 33, 2880, 0) != kernel->function ||
+            ask(8192, 512, 7168, 0) != kernel->function || strcmp(ask(1, 513, 2880, 0), "decode") != 0)
+            CHECK_FAIL("%s is forced, but is not taken", kernel->name);
+    }
+    if (fn_cuda_force_product("64x17_by8") == FN_OK) CHECK_FAIL("a kernel that there is not is forced");
+    if (fn_cuda_force_product(NULL) != FN_OK || strcmp(ask(1, 256, 7168, 0), "one") != 0)
+        CHECK_FAIL("a kernel stays forced");
     questions += ask_all(&state, 200000);
     for (largest_cluster = 7; largest_cluster >= 2; largest_cluster--) questions += ask_all(&state, 20000);
     device = (fn_cuda_properties){170, true, false, 101376}; /* clusters, but not 9.0 */
