@@ -6,7 +6,8 @@
  * A thread's sums are COLUMNS / 8 units of 4; each unit has a block that owns it, to which all blocks send theirs, so that 32
  * lanes send 512 bytes side by side. What the contract adds first is added before it is sent: a half of the parts where a block
  * has one, a half's first two parts where it has these. When all have come the owner adds them up and writes. A block that has
- * all parts sends nothing.
+ * all parts sends nothing; two that read the same tokens are neighbours on the device, so that these come out of L2 once.
+ * Where there are many sums the copy engine writes them: of 8192 x 256 it took 2.0 us, the threads' own stores 5.6.
  * Moves: what the rows are once for each COLUMNS columns, what the columns are once for each ROWS rows, the sums once between
  * blocks, out once.
  */

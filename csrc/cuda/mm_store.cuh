@@ -1,6 +1,6 @@
-/* mm_store.cuh: the sums' way out of the registers.
+/* mm_store.cuh: the sums' way out of the registers: what all kernels share, and that of mm_wgmma.cuh.
  *
- * A warp has 16 rows of sums. They go 128 bytes of a row at a time through 2 KB of shared memory that no other warp touches,
+ * There a warp has 16 rows of sums. They go 128 bytes of a row at a time through 2 KB of shared memory that no other warp touches,
  * swizzled as the copy engine expects it (the 16-byte unit's number, exclusive-or the row's number modulo 8), so that neither
  * side meets bank conflicts.
  */

@@ -27,7 +27,8 @@ template <int BLOCKS_M, int BN_, int STAGES_, int BUFFERS_, int CLUSTER_> struct
     static constexpr int BARRIERS = STAGING + 8 * BUFFERS * FN_STAGING_BYTES;
     static constexpr int SHARED = BARRIERS + 2 * STAGES * 8 + FN_SHARED_ALIGNMENT;
     static constexpr int RELEASES = CLUSTER * 4; /* warps that must be done with a stage */
-    static_assert(A_BOX <= 256 && B_BOX <= 256 && A_BOX % 8 == 0 && B_BOX % 8 == 0 && SHARED <= 232448, "");
+    static_assert(CLUSTER > 1 && A_BOX <= 256 && B_BOX <= 256 && A_BOX % 8 == 0 && B_BOX % 8 == 0 && SHARED <= 232448,
+                  "");
 };
 
 /* Which rows of a and of b a unit's tile in this block has. Units follow each other along b within a group of a's rows. */
@@ -43,7 +44,6 @@ FN_DEVICE void fn_mm_place(const fn_mm_prefill_args &args, uint32_t unit, uint32
 template <typename S>
 FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint32_t filled, uint32_t drained,
                              uint32_t rank, uint32_t cluster, uint32_t clusters) {
-    constexpr bool many = S::CLUSTER > 1;
     constexpr uint16_t all = (1u << S::CLUSTER) - 1;
     uint32_t stage = 0, parity = 1; /* the first round waits for nobody */
     for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
@@ -55,19 +55,16 @@ FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint
             fn_barrier_wait(drained + 8 * stage, parity);
             fn_barrier_expect(full, S::STAGE_BYTES);
             fn_box_load(to_a, &args.a, k, row, full);
-            if (many)
-                fn_box_multicast(to_b + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, k, column + (int)rank * S::B_BOX,
-                                 full, all);
-            else fn_box_load(to_b, &args.b, k, column, full);
+            fn_box_multicast(to_b + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, k, column + (int)rank * S::B_BOX, full,
+                             all);
             if (++stage == S::STAGES) stage = 0, parity ^= 1;
         }
     }
     let_dependents_start();
-    if (many) /* no block leaves while another may still write to it or arrive in it */
-        for (int i = 0; i < S::STAGES; i++) {
-            fn_barrier_wait(drained + 8 * stage, parity);
-            if (++stage == S::STAGES) stage = 0, parity ^= 1;
-        }
+    for (int i = 0; i < S::STAGES; i++) { /* no block leaves while another may still write to it or arrive in it */
+        fn_barrier_wait(drained + 8 * stage, parity);
+        if (++stage == S::STAGES) stage = 0, parity ^= 1;
+    }
 }
 
 /* A warp's sums, 16 rows from `row` on. */
@@ -131,7 +128,7 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
     extern __shared__ char memory[];
     const uint32_t ring = (shared_at(memory) + FN_SHARED_ALIGNMENT - 1) & ~(FN_SHARED_ALIGNMENT - 1u);
     const uint32_t filled = ring + S::BARRIERS, drained = filled + 8 * S::STAGES;
-    const uint32_t rank = S::CLUSTER > 1 ? fn_cluster_rank() : 0;
+    const uint32_t rank = fn_cluster_rank();
     const uint32_t cluster = blockIdx.x / S::CLUSTER, clusters = gridDim.x / S::CLUSTER;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0); /* known to be the same in all lanes */
     if (threadIdx.x == 0) {
@@ -144,8 +141,7 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
         }
         fn_barrier_fence();
     }
-    if constexpr (S::CLUSTER > 1) fn_cluster_sync();
-    else __syncthreads();
+    fn_cluster_sync();
     wait_for_previous();
     if (warp < 4) {
         fn_registers_down<24>();

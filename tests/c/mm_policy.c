@@ -83,7 +83,7 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
 #define GATE(W, T) "gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true
 /* Weights x tokens; STAGES of a ring, and behind it room for sums. */
 #define SPLIT(W, T, STAGES, BLOCKS, RESIDENT, SUMS_KIB)                                                                \
-#W "x" #T "_by" #BLOCKS, "split " #W "x" #T " by " #BLOCKS, T, W,                                                  \
+    "" #W "x" #T "_by" #BLOCKS, "split " #W "x" #T " by " #BLOCKS, T, W,                                               \
         ((W) % 64 || (BLOCKS) == 1 ? (T) : (W)) / 64 * 128 + ((BLOCKS) < 8 && (RESIDENT) == 1 ? 128 : 32), BLOCKS,     \
         RESIDENT, ((STAGES) * ((T) + (W)) / 8 + (SUMS_KIB)) * 1024 + 1200, (BLOCKS) < 8 ? 16 : 0, 32
 
