@@ -62,6 +62,55 @@ enum {
 /* By the rows of a tile, ascending. */
 extern const fn_mm_fma_kernel fn_mm_fma_kernels[FN_MM_FMA_KERNELS];
 
+/* ---- mm_fma_few: the same for few tokens and fp32 weights, side by side along k ----------------------------------- */
+
+/* `rows` rows along k, 16-byte aligned, as are the distances between them. */
+typedef struct {
+    const char *data;
+    int64_t row_stride; /* in bytes */
+    int64_t rows;
+} fn_mm_few_side;
+
+/* The weights are the operand with more rows, in fp32; k is a whole number of 16 bytes, of the tokens too. */
+typedef struct {
+    fn_mm_few_side weights, tokens;
+    int64_t k;
+    char *out;
+    const char *bias; /* NULL: none */
+    int64_t out_weight_stride, out_token_stride, bias_weight_stride, bias_token_stride;
+    fn_dtype token_dtype, out_dtype, bias_dtype;
+    bool early;          /* the weights may be read before the preceding kernel has finished */
+    int32_t cluster;     /* blocks that take turns at the chunks */
+    int32_t groups;      /* of tokens, each with blocks of its own */
+    int32_t token_rooms; /* chunks of tokens that a block has room for: 2 if it goes through several, else 1 */
+} fn_mm_few_args;
+
+typedef struct {
+    const void *function;
+    int tokens;      /* of a block */
+    int warp_rows;   /* weights of a warp */
+    int warp_bytes;  /* shared memory: of a warp's weights, */
+    int token_bytes; /* of a chunk of the block's tokens */
+    int sums;        /* of a thread */
+    int warps;       /* of a block that takes many chunks */
+} fn_mm_few_kernel;
+
+enum {
+    FN_MM_FEW_KERNELS = 5,
+    FN_MM_FEW_ROWS = 16, /* tokens that it serves: two groups of the most that a block has */
+    FN_MM_FEW_MOST_WARPS = 4,
+    FN_MM_FEW_MOST_SENT = 64, /* chunks whose sums blocks send each other */
+    FN_MM_FEW_BARRIER_BYTES = 8
+};
+
+/* By the tokens of a block, ascending; the last for many weights. */
+extern const fn_mm_few_kernel fn_mm_few_kernels[FN_MM_FEW_KERNELS];
+
+/* Does one of them serve the product? If so, these are its arguments, as far as they do not depend on the kernel. */
+bool fn_mm_few_serves(const fn_mm_plan *plan, fn_mm_few_args *args);
+fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_mm_few_args *args);
+fn_status fn_mm_few_warmup(void);
+
 /* m, n > 0. */
 fn_status fn_mm_run_fma(const fn_mm_plan *plan);
 fn_status fn_mm_fma_warmup(void);
