@@ -226,7 +226,7 @@ template <int TOKENS, int OWN, int STAGES> struct fn_mm_few {
                 fn_barrier_expect(barrier, chunks * SUMS * (blockDim.x / FN_FEW_QUARTERS * WRITERS) * 4);
             }
             __syncwarp();
-            fn_cluster_arrive(); /* it has started: others may write here */
+            fn_cluster_arrive_relaxed(); /* it has started: others may write here */
         }
         if (a.early)
 #pragma unroll 1
