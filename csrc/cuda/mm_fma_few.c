@@ -2,7 +2,7 @@
 #include "cuda.h"
 #include "mm_fma.h"
 
-enum { UNIT = 16, MANY_BLOCKS_QUARTERS = 3 }; /* bytes; of the multiprocessors, so that tiles may be larger */
+enum { UNIT = 16 }; /* bytes */
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
@@ -46,13 +46,16 @@ static int64_t tiles_of(const fn_mm_few_kernel *kernel, int warps, const fn_mm_f
     return fn_divide_up(args->weights.rows, (int64_t)kernel->warp_rows * warps) * args->groups;
 }
 
+/* So many blocks that each may do all of K: then nothing but the memory's speed counts. */
+static bool fills(int64_t blocks, const fn_cuda_properties *device) {
+    return blocks * 4 >= device->multiprocessors * 3;
+}
+
 static const fn_mm_few_kernel *choose_kernel(const fn_cuda_properties *device, fn_mm_few_args *args) {
     const fn_mm_few_kernel *const many = &fn_mm_few_kernels[FN_MM_FEW_KERNELS - 1], *kernel = fn_mm_few_kernels;
     while (kernel->tokens < args->tokens.rows && kernel < many - 1) kernel++;
     args->groups = (int32_t)fn_divide_up(args->tokens.rows, kernel->tokens);
-    const bool enough =
-        tiles_of(many, many->warps, args) * 4 >= (int64_t)device->multiprocessors * MANY_BLOCKS_QUARTERS;
-    return args->groups > 1 && enough ? many : kernel;
+    return args->groups > 1 && fills(tiles_of(many, many->warps, args), device) ? many : kernel;
 }
 
 typedef struct {
@@ -100,12 +103,13 @@ static fn_status can_cluster(const fn_mm_plan *plan, const fn_mm_few_kernel *ker
 static fn_status choose_layout(const fn_mm_plan *plan, const fn_mm_few_kernel *kernel, const fn_mm_few_args *args,
                                const fn_cuda_properties *device, layout *chosen) {
     const int64_t chunks = fn_divide_up(args->k, FN_MM_CHUNK), token_bytes = fn_dtypes[args->token_dtype].bytes;
-    const int largest = !device->clusters || chunks > FN_MM_FEW_MOST_SENT ? 1
-                        : chunks < FN_MM_FMA_MOST_BLOCKS                  ? (int)chunks
-                                                                          : FN_MM_FMA_MOST_BLOCKS;
+    const bool filled = fills(tiles_of(kernel, kernel->warps, args), device);
+    const int largest = filled || !device->clusters || chunks > FN_MM_FEW_MOST_SENT ? 1
+                        : chunks < FN_MM_FMA_MOST_BLOCKS                            ? (int)chunks
+                                                                                    : FN_MM_FMA_MOST_BLOCKS;
     int64_t least = INT64_MAX;
     *chosen = layout_of(kernel, args, 1, 1);
-    for (int warps = kernel->warps; warps > 0; warps /= 2) {
+    for (int warps = kernel->warps; warps > 0 && !(filled && least < INT64_MAX); warps /= 2) {
         const int64_t tiles = tiles_of(kernel, warps, args);
         const int64_t chunk_bytes =
             FN_MM_CHUNK * (4 * (int64_t)kernel->warp_rows * warps + token_bytes * kernel->tokens);
