@@ -32,6 +32,7 @@ GPUS = ["80", "90"]
 # What multiplies and adds at once in the kernels of products, by their sources. The norms have nothing of the kind.
 PRODUCTS = {
     "mm_fma": r"fma\.rn\.f32",
+    "mm_fma_few": r"fma\.rn\.f32",
     "mm_bf16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "mm_f16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
     "mm_hopper_bf16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|72|80|96|128)k16\.f32\.bf16\.bf16",
@@ -184,6 +185,18 @@ def test_aligned_rows_are_moved_by_16_bytes(source: Path, gpu: str) -> None:
             assert kernel.count(pattern), f"{name}: no {access}.global of 128 bits"
 
 
+@each_gpu
+def test_few_tokens_move_16_bytes(gpu: str) -> None:
+    """Operands reach shared memory, and leave it, by 16 bytes alone; each of those read is in 4 sums at once."""
+    for name, kernel in kernels_of(build_c.ROOT / "csrc" / "cuda" / "mm_fma_few.cu", gpu).items():
+        assert kernel.count(r"cp\.async\.cg\.shared\.global"), name
+        assert kernel.count(r"cp\.async\.c[ag]\.shared\.global") == kernel.count(r"cp\.async\.cg\.shared\.global"), name
+        wide = kernel.count(r"ld\.shared\.v4\.[bfu]32")
+        assert wide >= 2 * 16, f"{name}: {wide} reads of 16 bytes"
+        fused = kernel.count(r"fma\.rn\.f32")
+        assert fused % (17 * 4) == 0, f"{name}: {fused}: of a stage's 16 steps and of a single one, 4 lanes each"
+
+
 def machine_code(binary: Path, *options: str) -> dict[str, str]:
     tool("nvdisasm")
     command = [tool("cuobjdump"), "-sass", *options, str(binary)]
@@ -220,7 +233,7 @@ def test_ptxas_adds_no_fused_operation(source: Path, gpu: str) -> None:
     assert root >= 5
     assert division >= 5
     code = machine_code(assemble(compile_ptx(source, gpu), gpu))
-    if source.stem == "mm_fma":  # it consists of them
+    if source.stem in ("mm_fma", "mm_fma_few"):  # they consist of them
         return
     if source.name.endswith(build_cuda.ONLY_90A):
         assert all(re.search(r"\bHGMMA\b", text) for text in code.values())

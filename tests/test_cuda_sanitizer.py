@@ -165,6 +165,29 @@ def test_products(a_dtype: str, b_dtype: str, kind: str) -> None:
         multiply(a_dtype, b_dtype, kind, m, n, k)
 
 
+# Of csrc/cuda/mm_fma_few.cu: one chunk and several, by blocks, by clusters and in turns; tiles of weights and of tokens
+# that are whole and that are not.
+FEW = [
+    (1, 9, 8),
+    (2, 16, 1000),
+    (3, 40, 1032),
+    (4, 33, 2880),
+    (7, 20, 4096),
+    (8, 300, 2056),
+    (9, 17, 9216),
+    (16, 256, 7168),
+]
+FEW += [(1, 1700, 2056), (5, 3200, 1032), (16, 3200, 1032), (1, 20, 66560), (40, 8, 1032)]
+
+
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("a_dtype", DTYPES)
+def test_few_tokens(a_dtype: str, constant: bool) -> None:
+    with fusednorm.weights_are_constant(constant):
+        for m, n, k in FEW:
+            multiply(a_dtype, "float32", "dense", m, n, k, "constant" if constant else "")
+
+
 @pytest.mark.parametrize("dtype", [HALF, "float16"])
 def test_forced_products(dtype: str) -> None:
     for kernel in forced_products():

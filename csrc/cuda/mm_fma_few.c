@@ -114,6 +114,7 @@ static fn_status choose_layout(const fn_mm_plan *plan, const fn_mm_few_kernel *k
         const int64_t chunk_bytes =
             FN_MM_CHUNK * (4 * (int64_t)kernel->warp_rows * warps + token_bytes * kernel->tokens);
         for (int cluster = 1; cluster <= largest; cluster++) {
+            if (cluster > 1 && rounds_of(args, cluster) == rounds_of(args, cluster - 1)) continue;
             const layout l = layout_of(kernel, args, warps, cluster);
             const int64_t bytes =
                 fn_divide_up(tiles * cluster, device->multiprocessors) * rounds_of(args, cluster) * chunk_bytes;
