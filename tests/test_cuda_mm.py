@@ -56,7 +56,7 @@ def test_every_length(n: int, dtype: str) -> None:
     for k in (*range(41), *range(248, 268), *range(500, 531), *range(1016, 1034), width):
         x, y = a[:, :k], b[:, :k]
         wanted = x.double() @ y.double().T
-        for m in (1, 5, 31, 130, 300) if k % 3 else (2, 40, 65):
+        for m in (1, 4, 5, 31, 130, 300) if k % 3 else (2, 3, 40, 65):
             same_numbers(product(x[:m], y.T), wanted[:m], (m, n, k))
         same_numbers(product(x[:100].contiguous(), y.contiguous().T), wanted[:100], ("dense", n, k))
         gaps = torch.cat([y, torch.full((n, 7), float("nan"), dtype=y.dtype, device="cuda")], 1)[:, :k]
@@ -111,7 +111,7 @@ def test_one_rounding(n: int, k: int, dtype: str) -> None:
     """Out is the fp32 result rounded once, and a bias is added before that, in fp32."""
     compared = Comparison()
     b = make(n, k, dtype=dtype, key="weight").T
-    for m in (1, 6, 40, 131, 520):
+    for m in (1, 2, 4, 6, 40, 131, 520):
         a = make(m, k, dtype=dtype)
         plain = product(a, b)
         for name in (None, "float32", *DTYPES):
@@ -195,7 +195,7 @@ def test_the_rule(k: int, dtype: str) -> None:
         :, :512
     ]
     for n in (1, 32, 129, 256, 512):
-        for m in (1, 2, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
+        for m in (1, 2, 3, 4, 9, 17, 32, 33, 65, 130, 200, 300, 600, 1000, 2048):
             compared.add((m, n, k), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
         compared.add((50, n, k, "column-major"), product(a[:50], b[:n].T.contiguous()), wanted[:50, :n].contiguous())
 
@@ -252,7 +252,7 @@ def test_the_order_of_parts_and_chunks(k: int, dtype: str) -> None:
         wanted = torch.from_numpy(by_the_rule(n, k, chain)).to("cuda")[:, None]
         assert wanted.unique().numel() > 1
         ones = torch.ones(n, k, dtype=probes.dtype, device="cuda")
-        for m in (1, 8, 33, 130, 700, 2048) if k < 3000 else (1, 8, 33, 2048):
+        for m in (1, 2, 4, 8, 33, 130, 700, 2048) if k < 3000 else (1, 2, 4, 8, 33, 2048):
             count = 100 if m == 1 else len(probes)
             results = torch.cat([product(piece, ones.T) for piece in probes[:count].split(m)])
             same_numbers(results, wanted[:count].expand(count, n), (m, n, k))
@@ -340,7 +340,7 @@ def test_zeros_do_not_depend_on_the_batch(dtype: str) -> None:
         b = torch.full((n, k), factor, dtype=a.dtype, device="cuda")
         alone = product(a[:1], b.T)
         assert bool((alone.abs() <= 2.0**-149).all())
-        for m in (2, 33, 129, 300):
+        for m in (2, 4, 33, 129, 300):
             compared.add((value, k, n, m), product(a[:m], b.T), alone.expand(m, n))
         minus = torch.full((n,), -0.0, device="cuda")
         compared.add((value, k, n, "bias"), product(a, b.T, bias=minus), (alone + minus).expand(300, n))
@@ -359,7 +359,7 @@ def test_a_sum_that_vanishes_is_plus_zero(k: int) -> None:
     for n in (3, 100, 512, 600):
         b = torch.full((n, k), tiny, dtype=a.dtype, device="cuda")
         zeros = torch.zeros(300, n, device="cuda")
-        for m in (1, 20, 33, 129, 300):
+        for m in (1, 2, 4, 20, 33, 129, 300):
             results = torch.cat([product(piece, b.T) for piece in a[: 40 if m == 1 else 300].split(m)])
             compared.add((n, k, m), results, zeros[: len(results)])
         minus = torch.full((n,), -0.0, device="cuda")

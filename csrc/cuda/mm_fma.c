@@ -97,8 +97,8 @@ static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kerne
 }
 
 fn_status fn_mm_run_fma(const fn_mm_plan *plan) {
-    fn_mm_few_args few_args;
-    if (fn_mm_few_serves(plan, &few_args)) return fn_mm_run_few(plan, &few_args);
+    fn_fma_few_args few_args;
+    if (fn_fma_few_serves(plan, &few_args)) return fn_mm_run_few(plan, &few_args);
     const int64_t few = fn_mm_fma_kernels[FN_MM_FMA_KERNELS - 2].rows;
     /* Rows of the tiles are a's rows or b's columns: the fewer of them, or those further apart in out. */
     const bool swapped =
@@ -134,5 +134,5 @@ fn_status fn_mm_run_fma(const fn_mm_plan *plan) {
 
 fn_status fn_mm_fma_warmup(void) {
     for (int i = 0; i < FN_MM_FMA_KERNELS; i++) FN_TRY(fn_cuda_load(fn_mm_fma_kernels[i].function));
-    return fn_mm_few_warmup();
+    return fn_fma_few_warmup();
 }

@@ -69,11 +69,11 @@ typedef struct {
     const char *data;
     int64_t row_stride; /* in bytes */
     int64_t rows;
-} fn_mm_few_side;
+} fn_fma_few_side;
 
 /* The weights are the operand with more rows, in fp32; k is a whole number of 16 bytes, of the tokens too. */
 typedef struct {
-    fn_mm_few_side weights, tokens;
+    fn_fma_few_side weights, tokens;
     int64_t k;
     char *out;
     const char *bias; /* NULL: none */
@@ -83,7 +83,7 @@ typedef struct {
     int32_t cluster;     /* blocks that take turns at the chunks */
     int32_t groups;      /* of tokens, each with blocks of its own */
     int32_t token_rooms; /* chunks of tokens that a block has room for: 2 if it goes through several, else 1 */
-} fn_mm_few_args;
+} fn_fma_few_args;
 
 typedef struct {
     const void *function;
@@ -93,23 +93,23 @@ typedef struct {
     int token_bytes; /* of a chunk of the block's tokens */
     int sums;        /* of a thread */
     int warps;       /* of a block that takes many chunks */
-} fn_mm_few_kernel;
+} fn_fma_few_kernel;
 
 enum {
-    FN_MM_FEW_KERNELS = 5,
-    FN_MM_FEW_ROWS = 16, /* tokens that it serves: two groups of the most that a block has */
-    FN_MM_FEW_MOST_WARPS = 4,
-    FN_MM_FEW_MOST_SENT = 64, /* chunks whose sums blocks send each other */
-    FN_MM_FEW_BARRIER_BYTES = 8
+    FN_FMA_FEW_KERNELS = 5,
+    FN_FMA_FEW_ROWS = 16, /* tokens that it serves: two groups of the most that a block has */
+    FN_FMA_FEW_MOST_WARPS = 4,
+    FN_FMA_FEW_MOST_SENT = 64, /* chunks whose sums blocks send each other */
+    FN_FMA_FEW_BARRIER_BYTES = 8
 };
 
 /* By the tokens of a block, ascending; the last for many weights. */
-extern const fn_mm_few_kernel fn_mm_few_kernels[FN_MM_FEW_KERNELS];
+extern const fn_fma_few_kernel fn_fma_few_kernels[FN_FMA_FEW_KERNELS];
 
 /* Does one of them serve the product? If so, these are its arguments, as far as they do not depend on the kernel. */
-bool fn_mm_few_serves(const fn_mm_plan *plan, fn_mm_few_args *args);
-fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_mm_few_args *args);
-fn_status fn_mm_few_warmup(void);
+bool fn_fma_few_serves(const fn_mm_plan *plan, fn_fma_few_args *args);
+fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_fma_few_args *args);
+fn_status fn_fma_few_warmup(void);
 
 /* m, n > 0. */
 fn_status fn_mm_run_fma(const fn_mm_plan *plan);

@@ -9,40 +9,40 @@ enum { UNIT = 16 }; /* bytes */
 static bool is_whole(int64_t address_or_bytes) { return address_or_bytes % UNIT == 0; }
 
 /* Rows along `dimension` of the matrix, if each consists of whole units. */
-static bool describe(const fn_matrix *matrix, int dimension, int64_t rows, int64_t k, fn_mm_few_side *side) {
+static bool describe(const fn_matrix *matrix, int dimension, int64_t rows, int64_t k, fn_fma_few_side *side) {
     const int bytes = fn_dtypes[matrix->dtype].bytes;
-    *side = (fn_mm_few_side){matrix->data, matrix->stride[dimension], rows};
+    *side = (fn_fma_few_side){matrix->data, matrix->stride[dimension], rows};
     return matrix->stride[1 - dimension] == bytes && is_whole(k * bytes) && is_whole((int64_t)(intptr_t)side->data) &&
            (rows == 1 || is_whole(side->row_stride));
 }
 
 /* Tokens are a's rows or, swapped, b's columns; weights are the others. */
-static bool find_operands(const fn_mm_plan *plan, bool swapped, fn_mm_few_args *args) {
+static bool find_operands(const fn_mm_plan *plan, bool swapped, fn_fma_few_args *args) {
     const fn_matrix *const weights = swapped ? &plan->a : &plan->b, *const tokens = swapped ? &plan->b : &plan->a;
     const int64_t rows = swapped ? plan->n : plan->m, weight_rows = swapped ? plan->m : plan->n;
-    *args = (fn_mm_few_args){.k = plan->k,
-                             .out = plan->out.data,
-                             .bias = plan->bias.data,
-                             .out_weight_stride = plan->out.stride[!swapped],
-                             .out_token_stride = plan->out.stride[swapped],
-                             .token_dtype = tokens->dtype,
-                             .out_dtype = plan->out.dtype,
-                             .bias_dtype = plan->bias.dtype,
-                             .early = plan->weights_are_constant && !swapped};
+    *args = (fn_fma_few_args){.k = plan->k,
+                              .out = plan->out.data,
+                              .bias = plan->bias.data,
+                              .out_weight_stride = plan->out.stride[!swapped],
+                              .out_token_stride = plan->out.stride[swapped],
+                              .token_dtype = tokens->dtype,
+                              .out_dtype = plan->out.dtype,
+                              .bias_dtype = plan->bias.dtype,
+                              .early = plan->weights_are_constant && !swapped};
     *(swapped ? &args->bias_token_stride : &args->bias_weight_stride) = plan->bias.stride[1];
-    return plan->k > 0 && rows <= FN_MM_FEW_ROWS && weights->dtype == FN_FLOAT32 &&
+    return plan->k > 0 && rows <= FN_FMA_FEW_ROWS && weights->dtype == FN_FLOAT32 &&
            describe(weights, !swapped, weight_rows, plan->k, &args->weights) &&
            describe(tokens, swapped, rows, plan->k, &args->tokens);
 }
 
-bool fn_mm_few_serves(const fn_mm_plan *plan, fn_mm_few_args *args) {
+bool fn_fma_few_serves(const fn_mm_plan *plan, fn_fma_few_args *args) {
     const bool swapped = plan->n < plan->m; /* at best the tokens are the fewer ones */
     return find_operands(plan, swapped, args) || find_operands(plan, !swapped, args);
 }
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------ */
 
-static int64_t tiles_of(const fn_mm_few_kernel *kernel, int warps, const fn_mm_few_args *args) {
+static int64_t tiles_of(const fn_fma_few_kernel *kernel, int warps, const fn_fma_few_args *args) {
     return fn_divide_up(args->weights.rows, (int64_t)kernel->warp_rows * warps) * args->groups;
 }
 
@@ -51,8 +51,8 @@ static bool fills(int64_t blocks, const fn_cuda_properties *device) {
     return blocks * 4 >= device->multiprocessors * 3;
 }
 
-static const fn_mm_few_kernel *choose_kernel(const fn_cuda_properties *device, fn_mm_few_args *args) {
-    const fn_mm_few_kernel *const many = &fn_mm_few_kernels[FN_MM_FEW_KERNELS - 1], *kernel = fn_mm_few_kernels;
+static const fn_fma_few_kernel *choose_kernel(const fn_cuda_properties *device, fn_fma_few_args *args) {
+    const fn_fma_few_kernel *const many = &fn_fma_few_kernels[FN_FMA_FEW_KERNELS - 1], *kernel = fn_fma_few_kernels;
     while (kernel->tokens < args->tokens.rows && kernel < many - 1) kernel++;
     args->groups = (int32_t)fn_divide_up(args->tokens.rows, kernel->tokens);
     return args->groups > 1 && fills(tiles_of(many, many->warps, args), device) ? many : kernel;
@@ -62,18 +62,18 @@ typedef struct {
     int warps, cluster, shared_bytes;
 } layout;
 
-static int64_t rounds_of(const fn_mm_few_args *args, int cluster) {
+static int64_t rounds_of(const fn_fma_few_args *args, int cluster) {
     return fn_divide_up(fn_divide_up(args->k, FN_MM_CHUNK), cluster);
 }
 
-static layout layout_of(const fn_mm_few_kernel *kernel, const fn_mm_few_args *args, int warps, int cluster) {
+static layout layout_of(const fn_fma_few_kernel *kernel, const fn_fma_few_args *args, int warps, int cluster) {
     const int64_t chunks = fn_divide_up(args->k, FN_MM_CHUNK);
     int bytes = warps * kernel->warp_bytes + (rounds_of(args, cluster) > 1 ? 2 : 1) * kernel->token_bytes;
-    if (cluster > 1) bytes += (int)chunks * kernel->sums * warps * 32 * (int)sizeof(float) + FN_MM_FEW_BARRIER_BYTES;
+    if (cluster > 1) bytes += (int)chunks * kernel->sums * warps * 32 * (int)sizeof(float) + FN_FMA_FEW_BARRIER_BYTES;
     return (layout){warps, cluster, bytes};
 }
 
-static fn_cuda_launch launch_of(const fn_mm_plan *plan, const fn_mm_few_kernel *kernel, const fn_mm_few_args *args,
+static fn_cuda_launch launch_of(const fn_mm_plan *plan, const fn_fma_few_kernel *kernel, const fn_fma_few_args *args,
                                 int64_t tiles, layout chosen) {
     return (fn_cuda_launch){.kernel = kernel->function,
                             .args = args,
@@ -87,26 +87,26 @@ static fn_cuda_launch launch_of(const fn_mm_plan *plan, const fn_mm_few_kernel *
 }
 
 /* Can the device have such a cluster? */
-static fn_status can_cluster(const fn_mm_plan *plan, const fn_mm_few_kernel *kernel, const fn_mm_few_args *args,
+static fn_status can_cluster(const fn_mm_plan *plan, const fn_fma_few_kernel *kernel, const fn_fma_few_args *args,
                              layout wanted, bool *can) {
-    static fn_cuda_counts known[FN_MM_FEW_KERNELS][FN_MM_FEW_MOST_WARPS + 1][FN_MM_FMA_MOST_BLOCKS + 1];
+    static fn_cuda_counts known[FN_FMA_FEW_KERNELS][FN_FMA_FEW_MOST_WARPS + 1][FN_MM_FMA_MOST_BLOCKS + 1];
     const fn_cuda_launch launch = launch_of(plan, kernel, args, 1, wanted);
     int at_once = 0;
     FN_TRY(
-        fn_cuda_clusters_at_once(&known[kernel - fn_mm_few_kernels][wanted.warps][wanted.cluster], &launch, &at_once));
+        fn_cuda_clusters_at_once(&known[kernel - fn_fma_few_kernels][wanted.warps][wanted.cluster], &launch, &at_once));
     *can = at_once > 0;
     return FN_OK;
 }
 
 /* The one by which a multiprocessor gets the fewest bytes: those of a block's chunks, of weights and of tokens, times the blocks
  * that it gets. Among equals the one with more warps, then with fewer blocks. */
-static fn_status choose_layout(const fn_mm_plan *plan, const fn_mm_few_kernel *kernel, const fn_mm_few_args *args,
+static fn_status choose_layout(const fn_mm_plan *plan, const fn_fma_few_kernel *kernel, const fn_fma_few_args *args,
                                const fn_cuda_properties *device, layout *chosen) {
     const int64_t chunks = fn_divide_up(args->k, FN_MM_CHUNK), token_bytes = fn_dtypes[args->token_dtype].bytes;
     const bool filled = fills(tiles_of(kernel, kernel->warps, args), device);
-    const int largest = filled || !device->clusters || chunks > FN_MM_FEW_MOST_SENT ? 1
-                        : chunks < FN_MM_FMA_MOST_BLOCKS                            ? (int)chunks
-                                                                                    : FN_MM_FMA_MOST_BLOCKS;
+    const int largest = filled || !device->clusters || chunks > FN_FMA_FEW_MOST_SENT ? 1
+                        : chunks < FN_MM_FMA_MOST_BLOCKS                             ? (int)chunks
+                                                                                     : FN_MM_FMA_MOST_BLOCKS;
     int64_t least = INT64_MAX;
     *chosen = layout_of(kernel, args, 1, 1);
     for (int warps = kernel->warps; warps > 0 && !(filled && least < INT64_MAX); warps /= 2) {
@@ -128,14 +128,14 @@ static fn_status choose_layout(const fn_mm_plan *plan, const fn_mm_few_kernel *k
 
 /* ---- the launch -------------------------------------------------------------------------------------------------- */
 
-fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_mm_few_args *args) {
-    static fn_cuda_devices allowed[FN_MM_FEW_KERNELS];
+fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_fma_few_args *args) {
+    static fn_cuda_devices allowed[FN_FMA_FEW_KERNELS];
     fn_cuda_properties device;
     layout chosen;
     FN_TRY(fn_cuda_properties_of(plan->device_id, &device));
-    const fn_mm_few_kernel *const kernel = choose_kernel(&device, args);
+    const fn_fma_few_kernel *const kernel = choose_kernel(&device, args);
     FN_TRY(choose_layout(plan, kernel, args, &device, &chosen));
-    FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_mm_few_kernels], plan->device_id, kernel->function,
+    FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_fma_few_kernels], plan->device_id, kernel->function,
                                 device.shared_bytes));
     const int64_t tiles = tiles_of(kernel, chosen.warps, args);
     FN_REQUIRE(tiles <= INT32_MAX / FN_MM_FMA_MOST_BLOCKS, FN_ERROR_VALUE,
@@ -146,7 +146,7 @@ fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_mm_few_args *args) {
     return fn_cuda_run("CUDA mm kernel", &launch);
 }
 
-fn_status fn_mm_few_warmup(void) {
-    for (int i = 0; i < FN_MM_FEW_KERNELS; i++) FN_TRY(fn_cuda_load(fn_mm_few_kernels[i].function));
+fn_status fn_fma_few_warmup(void) {
+    for (int i = 0; i < FN_FMA_FEW_KERNELS; i++) FN_TRY(fn_cuda_load(fn_fma_few_kernels[i].function));
     return FN_OK;
 }

@@ -51,7 +51,7 @@ template <int ROWS, int STAGES> struct fn_few_weights {
     uint32_t slot; /* of the ring, in bytes: the next one */
     uint32_t lane, ring;
 
-    FN_MEMBER void start(const fn_mm_few_args &a, int64_t first_row, int rank, uint32_t to) {
+    FN_MEMBER void start(const fn_fma_few_args &a, int64_t first_row, int rank, uint32_t to) {
         lane = threadIdx.x % FN_WARP;
         rows = (int)max((int64_t)0, min(a.weights.rows - first_row, (int64_t)ROWS));
         stride = a.weights.row_stride;
@@ -155,7 +155,7 @@ template <int COUNT, int DISTANCE, int ROOM> FN_DEVICE void few_halve(float4 (&v
 
 /* ---- the kernel -------------------------------------------------------------------------------------------------- */
 
-template <int TOKENS, int OWN, int STAGES> struct fn_mm_few {
+template <int TOKENS, int OWN, int STAGES> struct fn_fma_few {
     static constexpr int ROWS = FN_FEW_TEAMS * OWN, STAGE = ROWS * FN_FEW_ROW, RING = STAGES * STAGE;
     static constexpr int OUTPUTS = TOKENS * OWN, SUMS = OUTPUTS > FN_FEW_QUARTERS ? OUTPUTS / FN_FEW_QUARTERS : 1;
     static constexpr int WRITERS = OUTPUTS < FN_FEW_QUARTERS ? OUTPUTS : FN_FEW_QUARTERS; /* of a team */
@@ -200,7 +200,7 @@ template <int TOKENS, int OWN, int STAGES> struct fn_mm_few {
         for (int o = 0; o < OUTPUTS; o++) lane[o] = make_float4(0, 0, 0, 0);
     }
 
-    FN_DEVICE void run(const fn_mm_few_args &a, char *shared) {
+    FN_DEVICE void run(const fn_fma_few_args &a, char *shared) {
         const int thread = threadIdx.x, warp = thread / FN_WARP, warps = blockDim.x / FN_WARP;
         const int team = thread % FN_FEW_TEAMS, quarter = thread % FN_WARP / FN_FEW_TEAMS;
         const int rank = blockIdx.x % a.cluster;
@@ -310,19 +310,19 @@ template <int TOKENS, int OWN, int STAGES> struct fn_mm_few {
 };
 
 template <typename FEW>
-static __global__ void __launch_bounds__(FN_WARP *FN_MM_FEW_MOST_WARPS, 1)
-    mm_fma_few(const __grid_constant__ fn_mm_few_args a) {
+static __global__ void __launch_bounds__(FN_WARP *FN_FMA_FEW_MOST_WARPS, 1)
+    mm_fma_few(const __grid_constant__ fn_fma_few_args a) {
     extern __shared__ __align__(128) char shared[];
     FEW::run(a, shared);
 }
 
-#define FN_MM_FEW_KERNEL(TOKENS, OWN, STAGES)                                                                          \
-    (const void *)mm_fma_few<fn_mm_few<TOKENS, OWN, STAGES>>, TOKENS, fn_mm_few<TOKENS, OWN, STAGES>::ROWS,            \
-        fn_mm_few<TOKENS, OWN, STAGES>::RING, TOKENS *FN_FEW_TOKEN, fn_mm_few<TOKENS, OWN, STAGES>::SUMS
+#define FN_FMA_FEW_KERNEL(TOKENS, OWN, STAGES)                                                                         \
+    (const void *)mm_fma_few<fn_fma_few<TOKENS, OWN, STAGES>>, TOKENS, fn_fma_few<TOKENS, OWN, STAGES>::ROWS,          \
+        fn_fma_few<TOKENS, OWN, STAGES>::RING, TOKENS *FN_FEW_TOKEN, fn_fma_few<TOKENS, OWN, STAGES>::SUMS
 
 /* The last is for many weights: tokens come out of shared memory half as often, but a warp has twice the work. */
-extern const fn_mm_few_kernel fn_mm_few_kernels[FN_MM_FEW_KERNELS] = {{FN_MM_FEW_KERNEL(1, 1, 4), 2},
-                                                                      {FN_MM_FEW_KERNEL(2, 1, 4), 2},
-                                                                      {FN_MM_FEW_KERNEL(4, 1, 4), 2},
-                                                                      {FN_MM_FEW_KERNEL(8, 1, 4), 4},
-                                                                      {FN_MM_FEW_KERNEL(8, 2, 2), 4}};
+extern const fn_fma_few_kernel fn_fma_few_kernels[FN_FMA_FEW_KERNELS] = {{FN_FMA_FEW_KERNEL(1, 1, 4), 2},
+                                                                         {FN_FMA_FEW_KERNEL(2, 1, 4), 2},
+                                                                         {FN_FMA_FEW_KERNEL(4, 1, 4), 2},
+                                                                         {FN_FMA_FEW_KERNEL(8, 1, 4), 4},
+                                                                         {FN_FMA_FEW_KERNEL(8, 2, 2), 4}};

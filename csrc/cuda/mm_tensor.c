@@ -23,15 +23,18 @@ fn_mm_cut fn_mm_cut_of(int64_t n, int64_t k) {
 
 /* ---- shared memory ------------------------------------------------------------------------------------------------------ */
 
+enum { GATES = FN_MM_TILE_KERNELS, FEW = GATES + FN_MM_GATE_KERNELS, KERNELS = FEW + FN_MM_FEW_KERNELS };
+
 /* The devices that let the kernel have all that a block can have. */
-static fn_cuda_devices allowed[2][FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS + 1];
+static fn_cuda_devices allowed[2][KERNELS];
 
 static fn_status allow(const fn_mm_tensor_kernels *table, const fn_mm_tensor_kernel *kernel, int32_t device,
                        int bytes) {
     const bool gate = kernel >= table->gate && kernel < table->gate + FN_MM_GATE_KERNELS;
-    const ptrdiff_t number = kernel == &table->one ? FN_MM_TILE_KERNELS + FN_MM_GATE_KERNELS
-                             : gate                ? FN_MM_TILE_KERNELS + (kernel - table->gate)
-                                                   : kernel - table->tile;
+    const bool few = kernel >= table->few && kernel < table->few + FN_MM_FEW_KERNELS;
+    const ptrdiff_t number = few    ? FEW + (kernel - table->few)
+                             : gate ? GATES + (kernel - table->gate)
+                                    : kernel - table->tile;
     return fn_cuda_allow_shared(&allowed[table == &fn_mm_f16][number], device, kernel->function, bytes);
 }
 
@@ -42,15 +45,23 @@ typedef struct {
     int cluster, parts_each, threads, shared_bytes;
 } layout;
 
-/* A warp for each chunk of a part, a block for all parts. */
-static bool one_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
+/* A warp for each chunk of a part, a block for all parts: the fewest weights of which a block each has a multiprocessor to
+ * itself, since a second round is slower. */
+static bool few_layout(const fn_mm_tensor_kernels *table, const fn_mm_plan *plan, const fn_mm_cut *cut,
                        const fn_cuda_properties *device, layout *found) {
-    const int64_t warps = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
-    if (!device->exactly_90 || plan->m != 1 || plan->k % 8 != 0 || warps > FN_MM_ONE_MOST_WARPS) return false;
-    if (plan->n > (int64_t)table->one.weights * device->multiprocessors) return false; /* a second round is slower */
-    const int bytes = (int)warps * table->one.shared_bytes + table->one.sums_bytes;
-    *found = (layout){&table->one, 1, cut->parts, 32 * (int)warps, bytes};
-    return bytes <= device->shared_bytes;
+    const int64_t chunks = fn_divide_up(cut->part_tiles, cut->chunk_tiles);
+    if (!device->exactly_90 || plan->k % 8 != 0 || chunks > FN_MM_FEW_MOST_WARPS) return false;
+    for (int i = 0; i < FN_MM_FEW_KERNELS; i++) {
+        const fn_mm_tensor_kernel *kernel = &table->few[i];
+        if (kernel->tokens < plan->m || (int64_t)kernel->weights * device->multiprocessors < plan->n) continue;
+        /* A thread for each part of each output, which it adds up; and a warp for each chunk. */
+        const int64_t folding = fn_divide_up((int64_t)kernel->tokens * kernel->weights * FN_MM_GATE_PARTS, 32);
+        const int warps = (int)(chunks > folding ? chunks : folding);
+        const int bytes = warps * kernel->shared_bytes + kernel->sums_bytes;
+        *found = (layout){kernel, 1, cut->parts, 32 * warps, bytes};
+        return bytes <= device->shared_bytes;
+    }
+    return false;
 }
 
 /* The largest cluster of blocks with all shared memory that the device can hold; 1: none. */
@@ -133,7 +144,7 @@ static fn_status choose_layout(const fn_mm_tensor_kernels *table, const fn_mm_pl
                                bool whole, const fn_cuda_properties *device, layout *chosen) {
     const bool parts = cut->parts > 1;
     int largest = 1;
-    if (parts && whole && one_layout(table, plan, cut, device, chosen)) return FN_OK;
+    if (parts && whole && few_layout(table, plan, cut, device, chosen)) return FN_OK;
     if (parts) FN_TRY(largest_cluster(table, plan, device, &largest));
     if (parts && whole && gate_layout(table, plan, cut, device, largest, chosen)) return FN_OK;
     tile_layout(table, plan, cut, whole, device, largest, chosen);
@@ -213,7 +224,7 @@ fn_status fn_mm_tensor_warmup(void) {
     for (int t = 0; t < 2; t++) {
         for (int i = 0; i < FN_MM_TILE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->tile[i].function));
         for (int i = 0; i < FN_MM_GATE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->gate[i].function));
-        FN_TRY(fn_cuda_load(tables[t]->one.function));
+        for (int i = 0; i < FN_MM_FEW_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->few[i].function));
     }
     return FN_OK;
 }

@@ -15,7 +15,7 @@ enum {
     FN_MM_GATE_CHUNK = 256,    /* docs/numerics.md has why. These four decide bits: frozen with the first release */
     FN_MM_GATE_PARTS = 8,      /* at most, and no more blocks in a cluster */
     FN_MM_GATE_MOST_WARPS = 4, /* of mm_gate.cuh: chunks in a part */
-    FN_MM_ONE_MOST_WARPS = 8,  /* of mm_one.cuh: the same */
+    FN_MM_FEW_MOST_WARPS = 8,  /* of mm_few.cuh: the same */
     FN_GATE_BARRIER_BYTES = 16,
 };
 
@@ -53,8 +53,8 @@ typedef struct {
 typedef struct {
     const void *function;
     int weights, tokens, threads;
-    int shared_bytes; /* tile: with sums for 2 parts; gate, one: of a warp, without sums */
-    int sums_bytes;   /* of a part; one: of all */
+    int shared_bytes; /* tile: with sums for 2 parts; gate, few: of a warp, without sums */
+    int sums_bytes;   /* of a part; few: of all */
     bool chunked;     /* serves K in parts and chunks; else in one */
     bool whole;       /* for operands that are; else for any */
 } fn_mm_tensor_kernel;
@@ -62,12 +62,13 @@ typedef struct {
 /* N and K decide it, and nothing else. */
 fn_mm_cut fn_mm_cut_of(int64_t n, int64_t k);
 
-enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 4 };
+enum { FN_MM_TILE_KERNELS = 13, FN_MM_GATE_KERNELS = 4, FN_MM_FEW_KERNELS = 5 };
 
 typedef struct {
     fn_mm_tensor_kernel tile[FN_MM_TILE_KERNELS];
     fn_mm_tensor_kernel gate[FN_MM_GATE_KERNELS]; /* a warp a chunk */
-    fn_mm_tensor_kernel one;                      /* one token, a warp the chunks of one number */
+    fn_mm_tensor_kernel
+        few[FN_MM_FEW_KERNELS]; /* up to 4 tokens, a warp the chunks of one number; by tokens, then weights */
 } fn_mm_tensor_kernels;
 
 /* mm_bf16.cu, mm_f16.cu */

@@ -81,6 +81,7 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
     "tile " #W "x" #T, W, T, THREADS, (STAGES) * ((W) + (T)) * 128 + ((CHUNKED) ? 2 * SUMS(W, T) : 0), SUMS(W, T),     \
         CHUNKED, WHOLE
 #define GATE(W, T) "gate " #W "x" #T, W, T, 32, 4 * ((W) + (T)) * 128, SUMS(W, T), true, true
+#define FEW(W, T) "few " #W "x" #T, W, T, 32, ((W) + (T)) * 4096, 8 * (W) * (T) * 32, true, true
 /* Weights x tokens; STAGES of a ring, and behind it room for sums. */
 #define SPLIT(W, T, STAGES, BLOCKS, RESIDENT, SUMS_KIB)                                                                \
     "" #W "x" #T "_by" #BLOCKS, "split " #W "x" #T " by " #BLOCKS, T, W,                                               \
@@ -102,7 +103,7 @@ const fn_mm_tensor_kernels fn_mm_bf16 = {
      {TILE(16, 8, 32, 4, true, false)},
      {TILE(64, 64, 128, 3, true, false)}},
     {{GATE(16, 8)}, {GATE(16, 16)}, {GATE(16, 32)}, {GATE(32, 32)}},
-    {"one", 2, 1, 32, 12288, 512, true, true},
+    {{FEW(2, 1)}, {FEW(4, 1)}, {FEW(2, 2)}, {FEW(4, 2)}, {FEW(2, 4)}},
 };
 
 const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
@@ -162,9 +163,14 @@ typedef struct {
 
 /* What was the fastest, or within 10 % of it, when all were measured; one to have every kernel of `split` asked for. */
 static const expectation measured[] = {
-    {1, 256, 7168, "one"},
-    {1, 128, 4096, "one"},
-    {1, 384, 7168, "gate 16x8"},
+    {1, 256, 7168, "few 2x1"},
+    {1, 128, 4096, "few 2x1"},
+    {1, 384, 7168, "few 4x1"},
+    {2, 256, 7168, "few 2x2"},
+    {2, 384, 7168, "few 4x2"},
+    {4, 256, 7168, "few 2x4"},
+    {4, 128, 4096, "few 2x4"},
+    {4, 384, 7168, "gate 16x8"},
     {8, 256, 7168, "gate 16x8"},
     {16, 256, 7168, "gate 16x16"},
     {32, 256, 7168, "gate 16x32"},
@@ -238,7 +244,7 @@ int main(int argc, char **argv) {
             CHECK_FAIL("%s is forced, but is not taken", kernel->name);
     }
     if (fn_cuda_force_product("64x17_by8") == FN_OK) CHECK_FAIL("a kernel that there is not is forced");
-    if (fn_cuda_force_product(NULL) != FN_OK || strcmp(ask(1, 256, 7168, 0), "one") != 0)
+    if (fn_cuda_force_product(NULL) != FN_OK || strcmp(ask(1, 256, 7168, 0), "few 2x1") != 0)
         CHECK_FAIL("a kernel stays forced");
     questions += ask_all(&state, 200000);
     for (largest_cluster = 7; largest_cluster >= 2; largest_cluster--) questions += ask_all(&state, 20000);
