@@ -44,6 +44,7 @@ typedef struct {
     uint32_t k_blocks; /* of FN_MM_TILE_K columns */
     uint32_t units, units_n, units_m;
     uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
+    uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_prefill_args;
 
 /* Of mm_decode.cuh. */
@@ -84,11 +85,11 @@ typedef struct {
     int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 14 };
+enum { FN_MM_DECODE_KERNELS = 5, FN_MM_PREFILL_KERNELS = 7, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
-    fn_mm_prefill_kernel prefill;
+    fn_mm_prefill_kernel prefill[FN_MM_PREFILL_KERNELS]; /* the first: for many tokens */
     fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
