@@ -117,6 +117,7 @@ template <int PENDING> FN_DEVICE void fn_products_wait(void) {
 #define FN_P64                                                                                                         \
     FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39) "," FN_P8(40, 41, 42, 43, 44, 45, 46, 47) "," FN_P8(              \
         48, 49, 50, 51, 52, 53, 54, 55) "," FN_P8(56, 57, 58, 59, 60, 61, 62, 63)
+#define FN_P24 FN_P16 "," FN_P8(16, 17, 18, 19, 20, 21, 22, 23)
 #define FN_P36 FN_P32 "," FN_P4(32, 33, 34, 35)
 #define FN_P48 FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39) "," FN_P8(40, 41, 42, 43, 44, 45, 46, 47)
 #define FN_P40 FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39)
@@ -132,6 +133,7 @@ template <int PENDING> FN_DEVICE void fn_products_wait(void) {
 #define FN_R4(d, i) "+f"((d)[i]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3])
 #define FN_R8(d, i) FN_R4(d, i), FN_R4(d, (i) + 4)
 #define FN_R16(d, i) FN_R8(d, i), FN_R8(d, (i) + 8)
+#define FN_R24(d, i) FN_R16(d, i), FN_R8(d, (i) + 16)
 #define FN_R32(d, i) FN_R16(d, i), FN_R16(d, (i) + 16)
 #define FN_R64(d, i) FN_R32(d, i), FN_R32(d, (i) + 32)
 #define FN_R80(d, i) FN_R64(d, i), FN_R16(d, (i) + 64)
@@ -154,8 +156,8 @@ template <int PENDING> FN_DEVICE void fn_products_wait(void) {
 /* d = a * b^T + (add ? d : 0) for a of 64 rows, b of N rows, 16 columns. Of d, 64 x N, a thread of warp w and lane l has
  * d[4j + i]: row 16w + l / 4 + 8 * (i / 2), column 8j + 2 * (l % 4) + i % 2. Asynchronous. */
 template <fn_dtype D, int N> FN_DEVICE void fn_product(float d[N / 2], uint64_t a, uint64_t b, uint32_t add) {
-    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 72 || N == 80 || N == 96 || N == 128 || N == 160 ||
-                      N == 192 || N == 224,
+    static_assert(N == 8 || N == 16 || N == 32 || N == 48 || N == 64 || N == 72 || N == 80 || N == 96 || N == 128 ||
+                      N == 160 || N == 192 || N == 224,
                   "");
     if constexpr (N == 8) {
         FN_PRODUCT_OF(D, 8, 4, FN_P4(0, 1, 2, 3), 4, 5, 6);
@@ -165,6 +167,9 @@ template <fn_dtype D, int N> FN_DEVICE void fn_product(float d[N / 2], uint64_t 
     }
     if constexpr (N == 32) {
         FN_PRODUCT_OF(D, 32, 16, FN_P16, 16, 17, 18);
+    }
+    if constexpr (N == 48) {
+        FN_PRODUCT_OF(D, 48, 24, FN_P24, 24, 25, 26);
     }
     if constexpr (N == 64) {
         FN_PRODUCT_OF(D, 64, 32, FN_P32, 32, 33, 34);

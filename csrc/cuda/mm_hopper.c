@@ -16,14 +16,12 @@
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
-    DECODE_TOKENS = 64, /* rows of a up to which the weights are read at the speed of the memory, or nearly */
     GATE_TOKENS = 32,   /* rows of a up to which mm_gate.cuh is faster, where K is cut */
-    DECODE_MOST_TOKENS = 512,
+    FEW_TOKENS = 512,   /* rows of a up to which an estimate chooses among the kernels for few tokens and that for many */
     DECODE_MOST_ROWS = 64, /* of the weights in a tile */
     DECODE_LEAST_ROWS = 16,
     DECODE_ROW_STEP = 8,
     GROUP_ROWS = 2048, /* of a, worked on side by side */
-    PREFILL_STEPS = 2, /* products of the tensor core for each 16 k of a prefill tile; of a decode tile: 1 */
 };
 
 static const fn_mm_hopper_kernels *table_of(const fn_mm_plan *plan) {
@@ -44,30 +42,78 @@ static fn_tensor_map_source out_of(const fn_mm_plan *plan) {
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------------- */
 
-/* Rows of the weights in a decode tile: the fewest for the busiest multiprocessor, and of those the largest tile. */
-static int decode_rows(int64_t n, int multiprocessors) {
-    int best = DECODE_MOST_ROWS;
-    int64_t least = INT64_MAX;
-    for (int rows = DECODE_MOST_ROWS; rows >= DECODE_LEAST_ROWS; rows -= DECODE_ROW_STEP) {
-        const int64_t busiest = fn_divide_up(fn_divide_up(n, rows), multiprocessors) * rows;
-        if (busiest < least) least = busiest, best = rows;
+/* One chain of k: decode with `rows` of the weights in a tile; or, where that is NULL, prefill. */
+typedef struct {
+    const fn_mm_decode_kernel *decode;
+    const fn_mm_prefill_kernel *prefill;
+    int rows;
+} chain_choice;
+
+/* How a kernel shares out a product: tiles, what a cluster works on at a time, and how often the busiest does. */
+typedef struct {
+    uint32_t tokens, weights, unit_tokens, unit_weights, units, turns;
+} shares;
+
+static uint32_t up(uint32_t value, uint32_t divisor) { return (value + divisor - 1) / divisor; }
+
+static shares share_out(const fn_mm_plan *plan, int tokens, int weights, int unit_tokens, int unit_weights, int cluster,
+                        int multiprocessors) {
+    shares s = {(uint32_t)tokens, (uint32_t)weights, (uint32_t)unit_tokens, (uint32_t)unit_weights, 0, 0};
+    s.units = up((uint32_t)plan->m, s.unit_tokens) * up((uint32_t)plan->n, s.unit_weights);
+    s.turns = up(s.units, (uint32_t)(multiprocessors / cluster));
+    return s;
+}
+
+/* What limits a product of few tokens, in nanoseconds for each k nearly: bytes that come into a multiprocessor, products, bytes
+ * that leave L2. Fits what was measured on an H200: 128 tokens, 4096 x 4096 to 28672 x 8192. */
+static double limit_of(const fn_mm_plan *plan, const shares *s) {
+    const double arrive = 85, products = 64 * 16 * 2 * 1.7, l2 = 8000;
+    const uint32_t tokens = plan->m < s->unit_tokens ? (uint32_t)plan->m : s->unit_tokens;
+    const double cells = s->tokens * (double)(s->weights < 64 ? 64 : s->weights);
+    double limit = s->turns * 2.0 * (s->tokens + s->weights) / arrive;
+    if (limit < s->turns * cells / products) limit = s->turns * cells / products;
+    const double all = s->units * 2.0 * (tokens + s->unit_weights) / l2;
+    return limit < all ? all : limit;
+}
+
+/* Tiles of a decode kernel. Without clusters it runs as fast as the memory: the fewest rows of the weights for the busiest
+ * multiprocessor; else the least that comes into it; the largest tile of these. */
+static shares share_out_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int multiprocessors) {
+    const int cluster = kernel->token_blocks * kernel->weight_blocks, step = DECODE_ROW_STEP * kernel->token_blocks;
+    shares best = {0};
+    uint64_t least = UINT64_MAX;
+    for (int rows = DECODE_MOST_ROWS; rows >= DECODE_LEAST_ROWS; rows -= step) {
+        const shares s = share_out(plan, kernel->tokens, rows, kernel->tokens * kernel->token_blocks,
+                                   rows * kernel->weight_blocks, cluster, multiprocessors);
+        const uint64_t busiest = (uint64_t)s.turns * (s.weights + (cluster > 1 ? s.tokens : 0));
+        if (busiest < least) least = busiest, best = s;
     }
     return best;
 }
 
-/* NULL: the prefill kernel. Where tokens and weights are few, its tiles leave most multiprocessors idle. */
-static const fn_mm_decode_kernel *find_decode(const fn_mm_plan *plan, const fn_cuda_properties *device) {
+static chain_choice find_chain(const fn_mm_plan *plan, const fn_cuda_properties *device) {
     const fn_mm_hopper_kernels *table = table_of(plan);
-    const fn_mm_decode_kernel *kernel = table->decode;
-    while (kernel->tokens < plan->m && kernel < table->decode + FN_MM_DECODE_KERNELS - 1) kernel++;
-    if (plan->m <= DECODE_TOKENS) return kernel;
-    if (plan->m > DECODE_MOST_TOKENS) return NULL; /* turns are no measure where there are many */
-    const int64_t rows = decode_rows(plan->n, device->multiprocessors);
-    const int64_t decode = fn_divide_up(plan->n, rows * kernel->cluster) * fn_divide_up(plan->m, kernel->tokens);
-    const int64_t prefill = fn_divide_up(plan->n, table->prefill.unit_n) * fn_divide_up(plan->m, table->prefill.unit_m);
-    const int64_t decode_turns = fn_divide_up(decode, device->multiprocessors / kernel->cluster);
-    const int64_t prefill_turns = fn_divide_up(prefill, device->multiprocessors / table->prefill.cluster);
-    return decode_turns < PREFILL_STEPS * prefill_turns ? kernel : NULL;
+    const int multiprocessors = device->multiprocessors;
+    if (plan->m > FEW_TOKENS) return (chain_choice){NULL, &table->prefill[0], 0}; /* turns are no measure there */
+    chain_choice best = {0};
+    double least = INFINITY;
+    for (int i = 0; i < FN_MM_DECODE_KERNELS; i++) {
+        const fn_mm_decode_kernel *kernel = &table->decode[i];
+        const bool alone = kernel->token_blocks * kernel->weight_blocks == 1;
+        if (alone && kernel->tokens < plan->m) continue;
+        const shares s = share_out_decode(plan, kernel, multiprocessors);
+        const double limit = limit_of(plan, &s);
+        if (limit < least) least = limit, best = (chain_choice){kernel, NULL, (int)s.weights};
+        if (alone) return best; /* the weights are read at the speed of the memory, or nearly */
+    }
+    for (int i = 0; i < FN_MM_PREFILL_KERNELS; i++) {
+        const fn_mm_prefill_kernel *kernel = &table->prefill[i];
+        const shares s = share_out(plan, kernel->unit_m / kernel->cluster, kernel->unit_n, kernel->unit_m, kernel->unit_n,
+                                   kernel->cluster, multiprocessors);
+        const double limit = limit_of(plan, &s);
+        if (limit < least) least = limit, best = (chain_choice){NULL, kernel, 0};
+    }
+    return best;
 }
 
 /* A place in the tables; -1: none; FUSEDNORM_CUDA_PRODUCT or fn_cuda_force_product names it. -2: the environment was not read. */
@@ -165,9 +211,9 @@ static fn_status make_maps(const fn_mm_plan *plan, CUtensorMap *a, int a_box, CU
     return status;
 }
 
-static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, fn_cuda_devices *allowed,
-                            const fn_cuda_properties *device) {
-    const int rows = decode_rows(plan->n, device->multiprocessors);
+static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int rows,
+                            fn_cuda_devices *allowed, const fn_cuda_properties *device) {
+    const int cluster = kernel->token_blocks * kernel->weight_blocks, unit_tokens = kernel->tokens * kernel->token_blocks;
     const int stage = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + kernel->tokens);
     const int barriers = 2 * (int)sizeof(uint64_t);
     const int fit = (device->shared_bytes - FN_SHARED_ALIGNMENT - FN_DECODE_SLACK) / (stage + barriers);
@@ -175,12 +221,13 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                               .k_stages = (uint32_t)fn_divide_up(plan->k, FN_DECODE_BLOCKS * FN_MM_TILE_K),
                               .stages = (uint32_t)(fit < FN_DECODE_MOST_STAGES ? fit : FN_DECODE_MOST_STAGES),
                               .rows = (uint32_t)rows,
-                              .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
+                              .units_m = (uint32_t)fn_divide_up(plan->m, unit_tokens),
                               .early = plan->weights_are_constant};
-    args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->cluster) * args.tiles_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->cluster, &args.b, rows, NULL, 0, 0));
+    args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->weight_blocks) * args.units_m;
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->weight_blocks, &args.b, rows / kernel->token_blocks, NULL, 0,
+                     0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
+    return launch_units(plan, kernel->function, &args, args.units, cluster, FN_DECODE_THREADS,
                         device->shared_bytes, device);
 }
 
@@ -190,7 +237,8 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                                .units_n = (uint32_t)fn_divide_up(plan->n, kernel->unit_n),
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
-                               .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m)};
+                               .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m),
+                               .early = plan->weights_are_constant};
     args.units = args.units_m * args.units_n;
     FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
                      FN_STAGING_ROWS, FN_ATOM_BYTES));
@@ -330,7 +378,11 @@ static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
 /* ---- all ----------------------------------------------------------------------------------------------------------------- */
 
 fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device) {
-    enum { PREFILL = FN_MM_DECODE_KERNELS, SPLIT, KERNELS = SPLIT + FN_MM_SPLIT_KERNELS };
+    enum {
+        PREFILL = FN_MM_DECODE_KERNELS,
+        SPLIT = PREFILL + FN_MM_PREFILL_KERNELS,
+        KERNELS = SPLIT + FN_MM_SPLIT_KERNELS
+    };
     static fn_cuda_devices allowed[2][KERNELS];
     const fn_mm_hopper_kernels *table = table_of(plan);
     fn_cuda_devices *const own = allowed[table == &fn_mm_hopper_f16];
@@ -339,16 +391,17 @@ fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
         FN_TRY(find_split(plan, cut, device, &split));
         return run_split(plan, cut, split, &own[SPLIT + (split - table->split)], device);
     }
-    const fn_mm_decode_kernel *decode = find_decode(plan, device);
-    if (decode) return run_decode(plan, decode, &own[decode - table->decode], device);
-    return run_prefill(plan, &table->prefill, &own[PREFILL], device);
+    const chain_choice chosen = find_chain(plan, device);
+    if (chosen.decode)
+        return run_decode(plan, chosen.decode, chosen.rows, &own[chosen.decode - table->decode], device);
+    return run_prefill(plan, chosen.prefill, &own[PREFILL + (chosen.prefill - table->prefill)], device);
 }
 
 fn_status fn_mm_hopper_warmup(void) {
     const fn_mm_hopper_kernels *const tables[] = {&fn_mm_hopper_bf16, &fn_mm_hopper_f16};
     for (int t = 0; t < 2; t++) {
         for (int i = 0; i < FN_MM_DECODE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->decode[i].function));
-        FN_TRY(fn_cuda_load(tables[t]->prefill.function));
+        for (int i = 0; i < FN_MM_PREFILL_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->prefill[i].function));
         for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->split[i].function));
     }
     return FN_OK;

@@ -54,8 +54,8 @@ typedef struct {
     uint32_t k_stages; /* of the ring's stages that K takes */
     uint32_t stages;   /* in the ring */
     uint32_t rows;     /* of the weight in a tile: a multiple of 8, up to 64 */
-    uint32_t units, tiles_m;
-    uint32_t early; /* the weight may be read before the preceding kernel has finished */
+    uint32_t units, units_m; /* what a cluster works on at a time; of these, along a's rows */
+    uint32_t early;          /* the weight may be read before the preceding kernel has finished */
 } fn_mm_decode_args;
 
 /* Of mm_split.cuh. */
@@ -75,7 +75,7 @@ typedef struct {
 
 typedef struct {
     const void *function;
-    int tokens, cluster;
+    int tokens, token_blocks, weight_blocks; /* of a tile; tiles of a cluster */
 } fn_mm_decode_kernel;
 
 typedef struct {
@@ -85,10 +85,10 @@ typedef struct {
     int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5, FN_MM_PREFILL_KERNELS = 7, FN_MM_SPLIT_KERNELS = 14 };
+enum { FN_MM_DECODE_KERNELS = 8, FN_MM_PREFILL_KERNELS = 7, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
-    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
+    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* first those without clusters, by tokens, ascending */
     fn_mm_prefill_kernel prefill[FN_MM_PREFILL_KERNELS]; /* the first: for many tokens */
     fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
 } fn_mm_hopper_kernels;
