@@ -46,8 +46,8 @@ FN_DEVICE void fn_decode_load(const fn_mm_decode_args &args, const fn_decode_rin
                                   (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K), row + (int)part, full, S::ALL,
                                   once);
         } else {
-            fn_box_load_hint(weight + i * at.weight_bytes, &args.b,
-                             (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K), row, full, once);
+            fn_box_load_hint(weight + i * at.weight_bytes, &args.b, (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K),
+                             row, full, once);
         }
 }
 
@@ -64,8 +64,8 @@ FN_DEVICE void fn_decode_produce(const fn_mm_decode_args &args, const fn_decode_
             fn_decode_load<S>(args, at, begun, begun, row_of(cluster), once);
     wait_for_previous();
     for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
-        const int token = (int)(unit % args.units_m * S::UNIT_TOKENS + at.token_rank * S::TOKENS +
-                                at.weight_rank * S::OWN);
+        const int token =
+            (int)(unit % args.units_m * S::UNIT_TOKENS + at.token_rank * S::TOKENS + at.weight_rank * S::OWN);
         const int row = row_of(unit);
         for (uint32_t step = 0; step < args.k_stages; step++) {
             if (begun) {

@@ -16,8 +16,8 @@
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
-    GATE_TOKENS = 32,   /* rows of a up to which mm_gate.cuh is faster, where K is cut */
-    FEW_TOKENS = 512,   /* rows of a up to which an estimate chooses among the kernels for few tokens and that for many */
+    GATE_TOKENS = 32, /* rows of a up to which mm_gate.cuh is faster, where K is cut */
+    FEW_TOKENS = 512, /* rows of a up to which an estimate chooses among the kernels for few tokens and that for many */
     DECODE_MOST_ROWS = 64, /* of the weights in a tile */
     DECODE_LEAST_ROWS = 16,
     DECODE_ROW_STEP = 8,
@@ -76,7 +76,7 @@ static double limit_of(const fn_mm_plan *plan, const shares *s) {
     return limit < all ? all : limit;
 }
 
-/* Tiles of a decode kernel. Without clusters it runs as fast as the memory: the fewest rows of the weights for the busiest
+/* Tiles of a decode kernel. Without clusters it is as fast as the memory, or nearly: the fewest rows of the weights for the busiest
  * multiprocessor; else the least that comes into it; the largest tile of these. */
 static shares share_out_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int multiprocessors) {
     const int cluster = kernel->token_blocks * kernel->weight_blocks, step = DECODE_ROW_STEP * kernel->token_blocks;
@@ -95,23 +95,23 @@ static chain_choice find_chain(const fn_mm_plan *plan, const fn_cuda_properties 
     const fn_mm_hopper_kernels *table = table_of(plan);
     const int multiprocessors = device->multiprocessors;
     if (plan->m > FEW_TOKENS) return (chain_choice){NULL, &table->prefill[0], 0}; /* turns are no measure there */
+    const fn_mm_decode_kernel *decode = table->decode, *const end = decode + FN_MM_DECODE_KERNELS;
+    for (; decode->token_blocks * decode->weight_blocks == 1; decode++)
+        if (decode->tokens >= plan->m)
+            return (chain_choice){decode, NULL, (int)share_out_decode(plan, decode, multiprocessors).weights};
     chain_choice best = {0};
     double least = INFINITY;
-    for (int i = 0; i < FN_MM_DECODE_KERNELS; i++) {
-        const fn_mm_decode_kernel *kernel = &table->decode[i];
-        const bool alone = kernel->token_blocks * kernel->weight_blocks == 1;
-        if (alone && kernel->tokens < plan->m) continue;
-        const shares s = share_out_decode(plan, kernel, multiprocessors);
-        const double limit = limit_of(plan, &s);
-        if (limit < least) least = limit, best = (chain_choice){kernel, NULL, (int)s.weights};
-        if (alone) return best; /* the weights are read at the speed of the memory, or nearly */
-    }
     for (int i = 0; i < FN_MM_PREFILL_KERNELS; i++) {
         const fn_mm_prefill_kernel *kernel = &table->prefill[i];
-        const shares s = share_out(plan, kernel->unit_m / kernel->cluster, kernel->unit_n, kernel->unit_m, kernel->unit_n,
-                                   kernel->cluster, multiprocessors);
+        const shares s = share_out(plan, kernel->unit_m / kernel->cluster, kernel->unit_n, kernel->unit_m,
+                                   kernel->unit_n, kernel->cluster, multiprocessors);
         const double limit = limit_of(plan, &s);
         if (limit < least) least = limit, best = (chain_choice){NULL, kernel, 0};
+    }
+    for (; decode < end; decode++) {
+        const shares s = share_out_decode(plan, decode, multiprocessors);
+        const double limit = limit_of(plan, &s);
+        if (limit < least) least = limit, best = (chain_choice){decode, NULL, (int)s.weights};
     }
     return best;
 }
@@ -213,7 +213,8 @@ static fn_status make_maps(const fn_mm_plan *plan, CUtensorMap *a, int a_box, CU
 
 static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int rows,
                             fn_cuda_devices *allowed, const fn_cuda_properties *device) {
-    const int cluster = kernel->token_blocks * kernel->weight_blocks, unit_tokens = kernel->tokens * kernel->token_blocks;
+    const int cluster = kernel->token_blocks * kernel->weight_blocks,
+              unit_tokens = kernel->tokens * kernel->token_blocks;
     const int stage = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + kernel->tokens);
     const int barriers = 2 * (int)sizeof(uint64_t);
     const int fit = (device->shared_bytes - FN_SHARED_ALIGNMENT - FN_DECODE_SLACK) / (stage + barriers);
@@ -224,11 +225,11 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                               .units_m = (uint32_t)fn_divide_up(plan->m, unit_tokens),
                               .early = plan->weights_are_constant};
     args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->weight_blocks) * args.units_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->weight_blocks, &args.b, rows / kernel->token_blocks, NULL, 0,
-                     0));
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->weight_blocks, &args.b, rows / kernel->token_blocks, NULL,
+                     0, 0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    return launch_units(plan, kernel->function, &args, args.units, cluster, FN_DECODE_THREADS,
-                        device->shared_bytes, device);
+    return launch_units(plan, kernel->function, &args, args.units, cluster, FN_DECODE_THREADS, device->shared_bytes,
+                        device);
 }
 
 static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
@@ -392,8 +393,7 @@ fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
         return run_split(plan, cut, split, &own[SPLIT + (split - table->split)], device);
     }
     const chain_choice chosen = find_chain(plan, device);
-    if (chosen.decode)
-        return run_decode(plan, chosen.decode, chosen.rows, &own[chosen.decode - table->decode], device);
+    if (chosen.decode) return run_decode(plan, chosen.decode, chosen.rows, &own[chosen.decode - table->decode], device);
     return run_prefill(plan, chosen.prefill, &own[PREFILL + (chosen.prefill - table->prefill)], device);
 }
 

@@ -51,9 +51,9 @@ typedef struct {
 typedef struct {
     CUtensorMap a, b;
     fn_mm_out to;
-    uint32_t k_stages; /* of the ring's stages that K takes */
-    uint32_t stages;   /* in the ring */
-    uint32_t rows;     /* of the weight in a tile: a multiple of 8, up to 64 */
+    uint32_t k_stages;       /* of the ring's stages that K takes */
+    uint32_t stages;         /* in the ring */
+    uint32_t rows;           /* of the weight in a tile: a multiple of 8, up to 64 */
     uint32_t units, units_m; /* what a cluster works on at a time; of these, along a's rows */
     uint32_t early;          /* the weight may be read before the preceding kernel has finished */
 } fn_mm_decode_args;
@@ -88,9 +88,9 @@ typedef struct {
 enum { FN_MM_DECODE_KERNELS = 8, FN_MM_PREFILL_KERNELS = 7, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
-    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* first those without clusters, by tokens, ascending */
+    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS];    /* first those without clusters, by tokens, ascending */
     fn_mm_prefill_kernel prefill[FN_MM_PREFILL_KERNELS]; /* the first: for many tokens */
-    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
+    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS];       /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
 /* mm_hopper_bf16_sm90a.cu, mm_hopper_f16_sm90a.cu; in builds for compute capability 9.0 */

@@ -87,6 +87,9 @@ bool fn_tensor_map_serves(const fn_tensor_map_source *source) { return source->r
         ((W) % 64 || (BLOCKS) == 1 ? (T) : (W)) / 64 * 128 + ((BLOCKS) < 8 && (RESIDENT) == 1 ? 128 : 32), BLOCKS,     \
         RESIDENT, ((STAGES) * ((T) + (W)) / 8 + (SUMS_KIB)) * 1024 + 1200, (BLOCKS) < 8 ? 16 : 0, 32
 
+/* Tokens x weights of a tile, two in a cluster. */
+#define PREFILL(T, W) 2 * (T), W, T, (W) / 2, 230000, 2
+
 const fn_mm_tensor_kernels fn_mm_bf16 = {
     {{TILE(32, 8, 64, 8, false, true)},
      {TILE(32, 16, 64, 8, false, true)},
@@ -106,8 +109,21 @@ const fn_mm_tensor_kernels fn_mm_bf16 = {
 };
 
 const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
-    {{"decode", 8, 1}, {"decode", 16, 1}, {"decode", 32, 1}, {"decode", 64, 1}, {"decode", 128, 2}},
-    {"prefill", 256, 128, 128, 64, 230000, 2},
+    {{"decode", 8, 1, 1},
+     {"decode", 16, 1, 1},
+     {"decode", 32, 1, 1},
+     {"decode", 64, 1, 1},
+     {"decode 128, same tokens", 128, 1, 2},
+     {"decode 48", 48, 2, 1},
+     {"decode 64", 64, 2, 1},
+     {"decode 96", 96, 2, 1}},
+    {{"prefill", PREFILL(128, 128)},
+     {"few 64", PREFILL(64, 64)},
+     {"few 96", PREFILL(64, 96)},
+     {"few 128", PREFILL(64, 128)},
+     {"few 160", PREFILL(64, 160)},
+     {"few 192", PREFILL(64, 192)},
+     {"few 224", PREFILL(64, 224)}},
     {{SPLIT(64, 16, 8, 8, 2, 16)},
      {SPLIT(64, 32, 7, 8, 2, 16)},
      {SPLIT(64, 64, 5, 8, 2, 16)},
