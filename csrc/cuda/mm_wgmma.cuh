@@ -172,8 +172,11 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
 
 /* 128 x 128 in turns, two blocks with the same rows of b: 657 to 709 TFLOP/s on an H200 at 4096 x 4096 to 28672 x 8192 and
  * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere.
- * 64 rows of a: for few tokens, where it counts what comes into a multiprocessor; as many of b as share N out evenly. */
+ * For few tokens, where it counts what comes into a multiprocessor: a cluster has 256 rows of a, or 128, and so many of b's that N
+ * is shared out evenly. */
 using fn_prefill_128 = fn_mm_shape<2, 128, 5, 4, 2>;
+using fn_prefill_96 = fn_mm_shape<2, 96, 6, 2, 2>;
+using fn_prefill_160 = fn_mm_shape<2, 160, 5, 2, 2>;
 using fn_few_64 = fn_mm_shape<1, 64, 12, 2, 2>;
 using fn_few_96 = fn_mm_shape<1, 96, 9, 2, 2>;
 using fn_few_128 = fn_mm_shape<1, 128, 8, 2, 2>;
@@ -184,8 +187,9 @@ using fn_few_224 = fn_mm_shape<1, 224, 5, 2, 2>;
 #define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER
 #define FN_MM_PREFILL(D)                                                                                               \
-    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_few_64)}, {FN_PREFILL(D, fn_few_96)},                           \
-        {FN_PREFILL(D, fn_few_128)}, {FN_PREFILL(D, fn_few_160)}, {FN_PREFILL(D, fn_few_192)}, {                       \
+    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_96)}, {FN_PREFILL(D, fn_prefill_160)},                  \
+        {FN_PREFILL(D, fn_few_64)}, {FN_PREFILL(D, fn_few_96)}, {FN_PREFILL(D, fn_few_128)},                           \
+        {FN_PREFILL(D, fn_few_160)}, {FN_PREFILL(D, fn_few_192)}, {                                                    \
         FN_PREFILL(D, fn_few_224)                                                                                      \
     }
 
