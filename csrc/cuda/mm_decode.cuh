@@ -5,9 +5,8 @@
  * multiprocessors; the product's other rows come from whatever lies behind them in shared memory, and are dropped.
  *
  * One warp keeps a ring of stages filled, as long as shared memory allows: what is on its way from memory must cover the
- * memory's latency. Four warps multiply. The blocks are persistent. The blocks of a cluster
- * have the same tokens and each its rows of the weight, or the same rows and each its tokens: of what is the same each loads a part,
- * for all.
+ * memory's latency. Four warps multiply. The blocks are persistent. The blocks of a cluster have the same tokens and each its rows
+ * of the weight, or the same rows and each its tokens: of what is the same each loads a part, for all.
  * The first round of the weight may be asked for while the preceding kernel is at work (args.early).
  */
 #ifndef FUSEDNORM_MM_DECODE_CUH

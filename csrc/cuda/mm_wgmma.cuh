@@ -1,4 +1,4 @@
-/* mm_wgmma.cuh: products of many rows, on compute capability 9.0.
+/* mm_wgmma.cuh: products of more than a few rows, on compute capability 9.0.
  *
  * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums. Then + bias;
  * then one rounding. No block splits K, so no bit depends on the tile. Here `a` is the tokens, b the weights: N rows along k.
@@ -6,6 +6,8 @@
  * A block is three warpgroups: one thread of the first keeps a ring of stages filled (64 columns of a's rows and of b's rows,
  * by the copy engine), two consume them, in turns, a tile each, so that one multiplies while the other writes. The blocks are
  * persistent: the ring runs on into the next tile. The blocks of a cluster have the same rows of b: each loads a part, for all.
+ *
+ * The first round of the weight may be asked for while the preceding kernel is at work (args.early).
  *
  * A sum's way out: registers, 16 rows of 128 bytes of shared memory that belong to the warp, the copy engine.
  */
