@@ -5,8 +5,8 @@
  * multiprocessors; the product's other rows come from whatever lies behind them in shared memory, and are dropped.
  *
  * One warp keeps a ring of stages filled, as long as shared memory allows: what is on its way from memory must cover the
- * memory's latency. Four warps multiply. The blocks are persistent. The blocks of a cluster have the same tokens and each its rows
- * of the weight, or the same rows and each its tokens: of what is the same each loads a part, for all.
+ * memory's latency. Four warps multiply. The blocks are persistent. The blocks of a cluster have the same rows of the weight, of
+ * which each loads a part, for all, and each its tokens.
  * The first round of the weight may be asked for while the preceding kernel is at work (args.early).
  */
 #ifndef FUSEDNORM_MM_DECODE_CUH
@@ -16,19 +16,15 @@
 #include "mm_hopper.h"
 #include "mm_store.cuh"
 
-/* A cluster is TOKEN_BLOCKS blocks with the same rows of the weight, or WEIGHT_BLOCKS blocks with the same tokens. */
-template <int TOKENS_, int TOKEN_BLOCKS_, int WEIGHT_BLOCKS_> struct fn_decode_shape {
-    static constexpr int TOKENS = TOKENS_, TOKEN_BLOCKS = TOKEN_BLOCKS_, WEIGHT_BLOCKS = WEIGHT_BLOCKS_;
-    static constexpr int CLUSTER = TOKEN_BLOCKS * WEIGHT_BLOCKS, UNIT_TOKENS = TOKENS * TOKEN_BLOCKS;
-    static constexpr int OWN = TOKENS / WEIGHT_BLOCKS; /* tokens that a block loads */
+template <int TOKENS_, int CLUSTER_> struct fn_decode_shape {
+    static constexpr int TOKENS = TOKENS_, CLUSTER = CLUSTER_, UNIT_TOKENS = TOKENS * CLUSTER;
     static constexpr uint16_t ALL = (1u << CLUSTER) - 1;
-    static_assert((TOKEN_BLOCKS == 1 || WEIGHT_BLOCKS == 1) && TOKENS % (8 * WEIGHT_BLOCKS) == 0, "");
 };
 
 /* Where a stage's parts begin: the weight's rows, block after block, then the tokens. */
 typedef struct {
     uint32_t ring, filled, drained, weight_bytes, stage_bytes;
-    uint32_t token_rank, weight_rank; /* the block's, in the cluster */
+    uint32_t rank; /* the block's, in the cluster */
 } fn_decode_ring;
 
 /* A step's part of the weight. */
@@ -39,8 +35,8 @@ FN_DEVICE void fn_decode_load(const fn_mm_decode_args &args, const fn_decode_rin
     fn_barrier_expect(full, at.stage_bytes);
 #pragma unroll
     for (uint32_t i = 0; i < FN_DECODE_BLOCKS; i++)
-        if constexpr (S::TOKEN_BLOCKS > 1) {
-            const uint32_t part = args.rows / S::TOKEN_BLOCKS * at.token_rank;
+        if constexpr (S::CLUSTER > 1) {
+            const uint32_t part = args.rows / S::CLUSTER * at.rank;
             fn_box_multicast_hint(weight + i * at.weight_bytes + part * FN_ATOM_BYTES, &args.b,
                                   (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K), row + (int)part, full, S::ALL,
                                   once);
@@ -54,17 +50,14 @@ template <typename S>
 FN_DEVICE void fn_decode_produce(const fn_mm_decode_args &args, const fn_decode_ring &at, uint32_t cluster,
                                  uint32_t clusters) {
     const uint64_t once = fn_evict_first();
-    const auto row_of = [&](uint32_t unit) {
-        return (int)((unit / args.units_m * S::WEIGHT_BLOCKS + at.weight_rank) * args.rows);
-    };
+    const auto row_of = [&](uint32_t unit) { return (int)(unit / args.units_m * args.rows); };
     uint32_t stage = 0, parity = 1, begun = 0; /* steps whose part of the weight is on its way already */
     if (args.early)
         for (; begun < args.stages && begun < args.k_stages; begun++)
             fn_decode_load<S>(args, at, begun, begun, row_of(cluster), once);
     wait_for_previous();
     for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
-        const int token =
-            (int)(unit % args.units_m * S::UNIT_TOKENS + at.token_rank * S::TOKENS + at.weight_rank * S::OWN);
+        const int token = (int)(unit % args.units_m * S::UNIT_TOKENS + at.rank * S::TOKENS);
         const int row = row_of(unit);
         for (uint32_t step = 0; step < args.k_stages; step++) {
             if (begun) {
@@ -76,12 +69,9 @@ FN_DEVICE void fn_decode_produce(const fn_mm_decode_args &args, const fn_decode_
             const uint32_t tokens = at.ring + stage * at.stage_bytes + FN_DECODE_BLOCKS * at.weight_bytes;
             const uint32_t full = at.filled + 8 * stage;
 #pragma unroll
-            for (uint32_t i = 0; i < FN_DECODE_BLOCKS; i++) {
-                const int k = (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K);
-                const uint32_t to = tokens + (i * S::TOKENS + at.weight_rank * S::OWN) * FN_ATOM_BYTES;
-                if constexpr (S::WEIGHT_BLOCKS > 1) fn_box_multicast(to, &args.a, k, token, full, S::ALL);
-                else fn_box_load(to, &args.a, k, token, full);
-            }
+            for (uint32_t i = 0; i < FN_DECODE_BLOCKS; i++)
+                fn_box_load(tokens + i * S::TOKENS * FN_ATOM_BYTES, &args.a,
+                            (int)((step * FN_DECODE_BLOCKS + i) * FN_MM_TILE_K), token, full);
             if (++stage == args.stages) stage = 0, parity ^= 1;
         }
     }
@@ -149,8 +139,8 @@ FN_DEVICE void fn_decode_consume(const fn_mm_decode_args &args, const fn_decode_
         fn_release<S::CLUSTER>(at.drained + 8 * previous, lane);
         fn_keep_sums<S::TOKENS / 2>(sums);
         const uint32_t in_tile = warp * 16 + lane / 4;
-        const uint32_t token = unit % args.units_m * S::UNIT_TOKENS + at.token_rank * S::TOKENS + 2 * (lane % 4);
-        const uint32_t row = (unit / args.units_m * S::WEIGHT_BLOCKS + at.weight_rank) * args.rows + in_tile;
+        const uint32_t token = unit % args.units_m * S::UNIT_TOKENS + at.rank * S::TOKENS + 2 * (lane % 4);
+        const uint32_t row = unit / args.units_m * args.rows + in_tile;
         if (args.to.dtype == FN_FLOAT32)
             fn_decode_store<S::TOKENS, true>(args.to, sums, row, in_tile, args.rows, token);
         else fn_decode_store<S::TOKENS, false>(args.to, sums, row, in_tile, args.rows, token);
@@ -166,9 +156,7 @@ __global__ void __launch_bounds__(FN_DECODE_THREADS, 1) fn_mm_decode(const __gri
     at.stage_bytes = FN_DECODE_BLOCKS * (at.weight_bytes + S::TOKENS * FN_ATOM_BYTES);
     at.filled = at.ring + args.stages * at.stage_bytes + FN_DECODE_SLACK;
     at.drained = at.filled + 8 * args.stages;
-    const uint32_t rank = S::CLUSTER > 1 ? fn_cluster_rank() : 0;
-    at.token_rank = S::TOKEN_BLOCKS > 1 ? rank : 0;
-    at.weight_rank = S::WEIGHT_BLOCKS > 1 ? rank : 0;
+    at.rank = S::CLUSTER > 1 ? fn_cluster_rank() : 0;
     const uint32_t cluster = blockIdx.x / S::CLUSTER, clusters = gridDim.x / S::CLUSTER;
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
     if (threadIdx.x == 128) {
@@ -190,13 +178,11 @@ __global__ void __launch_bounds__(FN_DECODE_THREADS, 1) fn_mm_decode(const __gri
     }
 }
 
-#define FN_DECODE(D, TOKENS, TOKEN_BLOCKS, WEIGHT_BLOCKS)                                                              \
-    (const void *)fn_mm_decode<fn_decode_shape<TOKENS, TOKEN_BLOCKS, WEIGHT_BLOCKS>, D>, TOKENS, TOKEN_BLOCKS,         \
-        WEIGHT_BLOCKS
+#define FN_DECODE(D, TOKENS, CLUSTER) (const void *)fn_mm_decode<fn_decode_shape<TOKENS, CLUSTER>, D>, TOKENS, CLUSTER
 #define FN_MM_DECODE(D)                                                                                                \
-    {FN_DECODE(D, 8, 1, 1)}, {FN_DECODE(D, 16, 1, 1)}, {FN_DECODE(D, 32, 1, 1)}, {FN_DECODE(D, 64, 1, 1)},             \
-        {FN_DECODE(D, 128, 1, 2)}, {FN_DECODE(D, 48, 2, 1)}, {FN_DECODE(D, 64, 2, 1)}, {                               \
-        FN_DECODE(D, 96, 2, 1)                                                                                         \
+    {FN_DECODE(D, 8, 1)}, {FN_DECODE(D, 16, 1)}, {FN_DECODE(D, 32, 1)}, {FN_DECODE(D, 64, 1)}, {FN_DECODE(D, 48, 2)},  \
+    {                                                                                                                  \
+        FN_DECODE(D, 96, 2)                                                                                            \
     }
 
 #endif

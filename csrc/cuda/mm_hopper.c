@@ -1,7 +1,7 @@
 /* mm_hopper.c: products of operands that the copy engine can read, on compute capability 9.0: which kernel, which grid.
  *
  * Chosen by what was measured on an H200, bfloat16, the weights not in L2 (4096 x 4096, in us; the mma.sync tiles were never
- * faster): tokens 1 10.6, 16 10.6, 32 11.1, 64 12.0, 128 18.6; above, 657 to 709 TFLOP/s.
+ * faster): tokens 1 10.6, 16 10.6, 32 11.1, 64 12.0, 96 11.2, 128 12.0, 256 16.5; from 1024 on, 657 to 709 TFLOP/s.
  */
 #include "mm_hopper.h"
 
@@ -16,11 +16,7 @@
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
-    GATE_TOKENS = 32, /* rows of a up to which mm_gate.cuh is faster, where K is cut */
-    FEW_TOKENS = 512, /* rows of a up to which an estimate chooses among the kernels for few tokens and that for many */
-    DECODE_MOST_ROWS = 64, /* of the weights in a tile */
-    DECODE_LEAST_ROWS = 16,
-    DECODE_ROW_STEP = 8,
+    GATE_TOKENS = 32,  /* rows of a up to which mm_gate.cuh is faster, where K is cut */
     GROUP_ROWS = 2048, /* of a, worked on side by side */
 };
 
@@ -41,80 +37,6 @@ static fn_tensor_map_source out_of(const fn_mm_plan *plan) {
 }
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------------- */
-
-/* One chain of k: decode with `rows` of the weights in a tile; or, where that is NULL, prefill. */
-typedef struct {
-    const fn_mm_decode_kernel *decode;
-    const fn_mm_prefill_kernel *prefill;
-    int rows;
-} chain_choice;
-
-/* How a kernel shares out a product: tiles, what a cluster works on at a time, and how often the busiest does. */
-typedef struct {
-    uint32_t tokens, weights, unit_tokens, unit_weights, units, turns;
-} shares;
-
-static uint32_t up(uint32_t value, uint32_t divisor) { return (value + divisor - 1) / divisor; }
-
-static shares share_out(const fn_mm_plan *plan, int tokens, int weights, int unit_tokens, int unit_weights, int cluster,
-                        int multiprocessors) {
-    shares s = {(uint32_t)tokens, (uint32_t)weights, (uint32_t)unit_tokens, (uint32_t)unit_weights, 0, 0};
-    s.units = up((uint32_t)plan->m, s.unit_tokens) * up((uint32_t)plan->n, s.unit_weights);
-    s.turns = up(s.units, (uint32_t)(multiprocessors / cluster));
-    return s;
-}
-
-/* What limits a product of few tokens, in nanoseconds for each k nearly: bytes that come into a multiprocessor, products, bytes
- * that leave L2. Fits what was measured on an H200: 128 tokens, 4096 x 4096 to 28672 x 8192. */
-static double limit_of(const fn_mm_plan *plan, const shares *s) {
-    const double arrive = 85, products = 64 * 16 * 2 * 1.7, l2 = 8000;
-    const uint32_t tokens = plan->m < s->unit_tokens ? (uint32_t)plan->m : s->unit_tokens;
-    const double cells = s->tokens * (double)(s->weights < 64 ? 64 : s->weights);
-    double limit = s->turns * 2.0 * (s->tokens + s->weights) / arrive;
-    if (limit < s->turns * cells / products) limit = s->turns * cells / products;
-    const double all = s->units * 2.0 * (tokens + s->unit_weights) / l2;
-    return limit < all ? all : limit;
-}
-
-/* Tiles of a decode kernel. Without clusters it is as fast as the memory, or nearly: the fewest rows of the weights for the busiest
- * multiprocessor; else the least that comes into it; the largest tile of these. */
-static shares share_out_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int multiprocessors) {
-    const int cluster = kernel->token_blocks * kernel->weight_blocks, step = DECODE_ROW_STEP * kernel->token_blocks;
-    shares best = {0};
-    uint64_t least = UINT64_MAX;
-    for (int rows = DECODE_MOST_ROWS; rows >= DECODE_LEAST_ROWS; rows -= step) {
-        const shares s = share_out(plan, kernel->tokens, rows, kernel->tokens * kernel->token_blocks,
-                                   rows * kernel->weight_blocks, cluster, multiprocessors);
-        const uint64_t busiest = (uint64_t)s.turns * (s.weights + (cluster > 1 ? s.tokens : 0));
-        if (busiest < least) least = busiest, best = s;
-    }
-    return best;
-}
-
-static chain_choice find_chain(const fn_mm_plan *plan, const fn_cuda_properties *device) {
-    const fn_mm_hopper_kernels *table = table_of(plan);
-    const int multiprocessors = device->multiprocessors;
-    if (plan->m > FEW_TOKENS) return (chain_choice){NULL, &table->prefill[0], 0}; /* turns are no measure there */
-    const fn_mm_decode_kernel *decode = table->decode, *const end = decode + FN_MM_DECODE_KERNELS;
-    for (; decode->token_blocks * decode->weight_blocks == 1; decode++)
-        if (decode->tokens >= plan->m)
-            return (chain_choice){decode, NULL, (int)share_out_decode(plan, decode, multiprocessors).weights};
-    chain_choice best = {0};
-    double least = INFINITY;
-    for (int i = 0; i < FN_MM_PREFILL_KERNELS; i++) {
-        const fn_mm_prefill_kernel *kernel = &table->prefill[i];
-        const shares s = share_out(plan, kernel->unit_m / kernel->cluster, kernel->unit_n, kernel->unit_m,
-                                   kernel->unit_n, kernel->cluster, multiprocessors);
-        const double limit = limit_of(plan, &s);
-        if (limit < least) least = limit, best = (chain_choice){NULL, kernel, 0};
-    }
-    for (; decode < end; decode++) {
-        const shares s = share_out_decode(plan, decode, multiprocessors);
-        const double limit = limit_of(plan, &s);
-        if (limit < least) least = limit, best = (chain_choice){decode, NULL, (int)s.weights};
-    }
-    return best;
-}
 
 /* A place in the tables; -1: none; FUSEDNORM_CUDA_PRODUCT or fn_cuda_force_product names it. -2: the environment was not read. */
 static atomic_int forced_split = -2;
@@ -166,6 +88,45 @@ bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_
     return cut->parts == 1 || plan->m > GATE_TOKENS || get_forced_split(&forced) != FN_OK || forced >= 0;
 }
 
+/* ---- answers -------------------------------------------------------------------------------------------------------------- */
+
+/* The estimates of all kernels take 0.2 to 0.3 us on the host, so answers are kept: a question and its kernel's place in one word,
+ * which threads may read and write as they like. */
+enum { KERNEL_BITS = 4, ANSWER_BITS = 8 };
+typedef struct {
+    _Atomic uint64_t words[2][1 << ANSWER_BITS]; /* of bfloat16, of float16 */
+} kept_answers;
+
+/* 0: a question that does not fit, and is not kept. Of M and N one is small. */
+typedef struct {
+    _Atomic uint64_t *place;
+    uint64_t asked;
+} question;
+
+static question ask(kept_answers *kept, const fn_mm_plan *plan, int n_bits) {
+    enum { M_AND_N_BITS = 34, K_BITS = 20, DEVICE_BITS = 6 };
+    _Static_assert(M_AND_N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
+    _Static_assert(FN_CUDA_MOST_DEVICES <= 1 << DEVICE_BITS, "");
+    uint64_t asked = 0;
+    if (!(plan->m >> (M_AND_N_BITS - n_bits) || plan->n >> n_bits || plan->k >> K_BITS ||
+          plan->device_id >> DEVICE_BITS)) {
+        asked = (uint64_t)plan->m << n_bits | (uint64_t)plan->n;
+        asked = (asked << K_BITS | (uint64_t)plan->k) << DEVICE_BITS | (uint64_t)plan->device_id;
+    }
+    const uint64_t at = asked * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS);
+    return (question){&kept->words[table_of(plan) == &fn_mm_hopper_f16][at], asked};
+}
+
+/* -1: not known. */
+static int answer_to(question q) {
+    const uint64_t word = atomic_load_explicit(q.place, memory_order_relaxed);
+    return q.asked && word >> KERNEL_BITS == q.asked ? (int)(word & ((1 << KERNEL_BITS) - 1)) : -1;
+}
+
+static void keep(question q, int answer) {
+    if (q.asked) atomic_store_explicit(q.place, q.asked << KERNEL_BITS | (uint64_t)answer, memory_order_relaxed);
+}
+
 /* ---- launches ----------------------------------------------------------------------------------------------------------- */
 
 static const char name[] = "CUDA product kernel";
@@ -211,10 +172,21 @@ static fn_status make_maps(const fn_mm_plan *plan, CUtensorMap *a, int a_box, CU
     return status;
 }
 
-static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int rows,
-                            fn_cuda_devices *allowed, const fn_cuda_properties *device) {
-    const int cluster = kernel->token_blocks * kernel->weight_blocks,
-              unit_tokens = kernel->tokens * kernel->token_blocks;
+static int find_chain(const fn_mm_plan *plan, const fn_cuda_properties *device) {
+    static kept_answers kept;
+    enum { N_BITS = 24 };
+    _Static_assert(FN_MM_DECODE_KERNELS + FN_MM_PREFILL_KERNELS <= 1 << KERNEL_BITS, "");
+    const question q = ask(&kept, plan, N_BITS);
+    const int known = answer_to(q);
+    if (known >= 0) return known;
+    const int found = fn_mm_choose_chain(table_of(plan), plan, device->multiprocessors);
+    keep(q, found);
+    return found;
+}
+
+static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, fn_cuda_devices *allowed,
+                            const fn_cuda_properties *device) {
+    const int rows = fn_mm_decode_rows(kernel, plan, device->multiprocessors);
     const int stage = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + kernel->tokens);
     const int barriers = 2 * (int)sizeof(uint64_t);
     const int fit = (device->shared_bytes - FN_SHARED_ALIGNMENT - FN_DECODE_SLACK) / (stage + barriers);
@@ -222,14 +194,13 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                               .k_stages = (uint32_t)fn_divide_up(plan->k, FN_DECODE_BLOCKS * FN_MM_TILE_K),
                               .stages = (uint32_t)(fit < FN_DECODE_MOST_STAGES ? fit : FN_DECODE_MOST_STAGES),
                               .rows = (uint32_t)rows,
-                              .units_m = (uint32_t)fn_divide_up(plan->m, unit_tokens),
+                              .units_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens * kernel->cluster),
                               .early = plan->weights_are_constant};
-    args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->weight_blocks) * args.units_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->weight_blocks, &args.b, rows / kernel->token_blocks, NULL,
-                     0, 0));
+    args.units = (uint32_t)fn_divide_up(plan->n, rows) * args.units_m;
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, rows / kernel->cluster, NULL, 0, 0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
-    return launch_units(plan, kernel->function, &args, args.units, cluster, FN_DECODE_THREADS, device->shared_bytes,
-                        device);
+    return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
+                        device->shared_bytes, device);
 }
 
 static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
@@ -308,26 +279,12 @@ static fn_status clusters_at_once(const fn_mm_plan *plan, const fn_mm_split_kern
     return fn_cuda_clusters_at_once(asked, &launch, clusters);
 }
 
-/* The estimates of all kernels take 0.3 us on the host, so answers are kept: a question and its kernel in one word, which threads
- * may read and write as they like. 0: a question that does not fit. */
-enum { KERNEL_BITS = 4, ANSWER_BITS = 8 };
-_Static_assert(FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
-
-static uint64_t question_of(const fn_mm_plan *plan) {
-    enum { M_BITS = 24, N_BITS = 10, K_BITS = 20, DEVICE_BITS = 6 };
-    _Static_assert(M_BITS + N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
-    _Static_assert(FN_MM_GATE_COLUMNS < 1 << N_BITS && FN_CUDA_MOST_DEVICES <= 1 << DEVICE_BITS, "");
-    if (plan->m >> M_BITS || plan->n >> N_BITS || plan->k >> K_BITS || plan->device_id >> DEVICE_BITS) return 0;
-    uint64_t question = (uint64_t)plan->m;
-    question = question << N_BITS | (uint64_t)plan->n;
-    question = question << K_BITS | (uint64_t)plan->k;
-    return question << DEVICE_BITS | (uint64_t)plan->device_id;
-}
-
 static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device,
                             const fn_mm_split_kernel **found) {
     static fn_cuda_counts asked[2][FN_MM_SPLIT_KERNELS];
-    static _Atomic uint64_t answers[2][1 << ANSWER_BITS];
+    static kept_answers kept;
+    enum { N_BITS = 10 };
+    _Static_assert(FN_MM_GATE_COLUMNS < 1 << N_BITS && FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
     const fn_mm_hopper_kernels *table = table_of(plan);
     int forced, clusters;
     FN_TRY(get_forced_split(&forced));
@@ -335,12 +292,10 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         *found = &table->split[forced];
         return clusters_at_once(plan, *found, &asked[table == &fn_mm_hopper_f16][forced], device, &clusters);
     }
-    const uint64_t question = question_of(plan);
-    _Atomic uint64_t *const place =
-        &answers[table == &fn_mm_hopper_f16][question * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS)];
-    const uint64_t before = atomic_load_explicit(place, memory_order_relaxed);
-    if (question && before >> KERNEL_BITS == question) {
-        *found = &table->split[before & ((1 << KERNEL_BITS) - 1)];
+    const question q = ask(&kept, plan, N_BITS);
+    const int known = answer_to(q);
+    if (known >= 0) {
+        *found = &table->split[known];
         return FN_OK;
     }
     double least = INFINITY;
@@ -353,8 +308,7 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         if (time < least) least = time, *found = kernel;
     }
     FN_REQUIRE(*found, FN_ERROR_RUNTIME, "%s: the device can hold none", name);
-    if (question)
-        atomic_store_explicit(place, question << KERNEL_BITS | (uint64_t)(*found - table->split), memory_order_relaxed);
+    keep(q, (int)(*found - table->split));
     return FN_OK;
 }
 
@@ -392,9 +346,9 @@ fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
         FN_TRY(find_split(plan, cut, device, &split));
         return run_split(plan, cut, split, &own[SPLIT + (split - table->split)], device);
     }
-    const chain_choice chosen = find_chain(plan, device);
-    if (chosen.decode) return run_decode(plan, chosen.decode, chosen.rows, &own[chosen.decode - table->decode], device);
-    return run_prefill(plan, chosen.prefill, &own[PREFILL + (chosen.prefill - table->prefill)], device);
+    const int chain = find_chain(plan, device);
+    if (chain < PREFILL) return run_decode(plan, &table->decode[chain], &own[chain], device);
+    return run_prefill(plan, &table->prefill[chain - PREFILL], &own[chain], device);
 }
 
 fn_status fn_mm_hopper_warmup(void) {

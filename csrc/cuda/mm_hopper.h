@@ -75,7 +75,7 @@ typedef struct {
 
 typedef struct {
     const void *function;
-    int tokens, token_blocks, weight_blocks; /* of a tile; tiles of a cluster */
+    int tokens, cluster; /* of a tile; blocks with the same rows of b */
 } fn_mm_decode_kernel;
 
 typedef struct {
@@ -85,7 +85,7 @@ typedef struct {
     int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 8, FN_MM_PREFILL_KERNELS = 9, FN_MM_SPLIT_KERNELS = 14 };
+enum { FN_MM_DECODE_KERNELS = 6, FN_MM_PREFILL_KERNELS = 8, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS];    /* first those without clusters, by tokens, ascending */
@@ -102,6 +102,11 @@ extern const fn_mm_hopper_kernels fn_mm_hopper_bf16, fn_mm_hopper_f16;
  * without compute capability 9.0. */
 bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
 fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
+
+/* mm_chain.c: one chain of K. Which kernel: its place in table->decode, or, counted on, in table->prefill; where it is none for
+ * many tokens alone, after an estimate. And how many rows of the weight a decode kernel has in a tile. */
+int fn_mm_choose_chain(const fn_mm_hopper_kernels *table, const fn_mm_plan *plan, int multiprocessors);
+int fn_mm_decode_rows(const fn_mm_decode_kernel *kernel, const fn_mm_plan *plan, int multiprocessors);
 
 /* Loads the kernels on the current device, whose compute capability is 9.0. */
 fn_status fn_mm_hopper_warmup(void);

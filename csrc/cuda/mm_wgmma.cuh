@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
  * For few tokens, where it counts what comes into a multiprocessor: a cluster has 256 rows of a, or 128, and so many of b's that N
  * is shared out evenly. */
 using fn_prefill_128 = fn_mm_shape<2, 128, 5, 4, 2>;
-using fn_prefill_96 = fn_mm_shape<2, 96, 6, 2, 2>;
 using fn_prefill_160 = fn_mm_shape<2, 160, 5, 2, 2>;
 using fn_few_64 = fn_mm_shape<1, 64, 12, 2, 2>;
 using fn_few_96 = fn_mm_shape<1, 96, 9, 2, 2>;
@@ -189,9 +188,9 @@ using fn_few_224 = fn_mm_shape<1, 224, 5, 2, 2>;
 #define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER
 #define FN_MM_PREFILL(D)                                                                                               \
-    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_96)}, {FN_PREFILL(D, fn_prefill_160)},                  \
-        {FN_PREFILL(D, fn_few_64)}, {FN_PREFILL(D, fn_few_96)}, {FN_PREFILL(D, fn_few_128)},                           \
-        {FN_PREFILL(D, fn_few_160)}, {FN_PREFILL(D, fn_few_192)}, {                                                    \
+    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_160)}, {FN_PREFILL(D, fn_few_64)},                      \
+        {FN_PREFILL(D, fn_few_96)}, {FN_PREFILL(D, fn_few_128)}, {FN_PREFILL(D, fn_few_160)},                          \
+        {FN_PREFILL(D, fn_few_192)}, {                                                                                 \
         FN_PREFILL(D, fn_few_224)                                                                                      \
     }
 
