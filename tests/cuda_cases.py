@@ -35,6 +35,23 @@ def schedules() -> Iterator[str]:
     _core._force_cuda_schedule(None)
 
 
+# M, N, K of products of one chain with few tokens, for each kernel that an H200 takes for them; tests/c/mm_policy.c
+# says which. No size is whole, the ring goes round, and for the widest so do the units.
+FEW_TOKENS = (
+    (70, 1001, 2104),
+    (190, 2050, 2104),
+    (161, 4001, 1104),
+    (127, 4095, 1104),
+    (99, 6001, 840),
+    (101, 8003, 840),
+    (99, 10003, 600),
+    (350, 4099, 600),
+    (99, 14503, 600),
+    (231, 10003, 600),
+    (201, 14503, 400),
+)
+
+
 def split_kernels() -> list[str]:
     """The names of the kernels of csrc/cuda/mm_split.cuh, if the device has them."""
     if fusednorm.info()["cuda"]["devices"][0]["compute_capability"] != "9.0":

@@ -29,14 +29,15 @@ import build_cuda
 
 SOURCES = sorted((build_c.ROOT / "csrc" / "cuda").glob("*.cu"))
 GPUS = ["80", "90"]
+WIDTHS = "8|16|32|48|64|72|80|96|128|160|192|224"  # of warpgroup products
 # What multiplies and adds at once in the kernels of products, by their sources. The norms have nothing of the kind.
 PRODUCTS = {
     "mm_fma": r"fma\.rn\.f32",
     "mm_fma_few": r"fma\.rn\.f32",
     "mm_bf16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "mm_f16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
-    "mm_hopper_bf16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|72|80|96|128)k16\.f32\.bf16\.bf16",
-    "mm_hopper_f16_sm90a": r"wgmma\.mma_async\.sync\.aligned\.m64n(?:8|16|32|64|72|80|96|128)k16\.f32\.f16\.f16",
+    "mm_hopper_bf16_sm90a": rf"wgmma\.mma_async\.sync\.aligned\.m64n(?:{WIDTHS})k16\.f32\.bf16\.bf16",
+    "mm_hopper_f16_sm90a": rf"wgmma\.mma_async\.sync\.aligned\.m64n(?:{WIDTHS})k16\.f32\.f16\.f16",
 }
 MAX_MODULE_BYTES = 8 << 20
 

@@ -18,7 +18,7 @@ import helpers
 import numpy as np
 import pytest
 import test_tensor_core
-from cuda_cases import forced_products, split_kernels
+from cuda_cases import FEW_TOKENS, forced_products, split_kernels
 from test_cuda_mm_rows import GATES, PROJECTIONS, Comparison, dtype_of, empty, make, product, torch
 
 import fusednorm
@@ -218,6 +218,30 @@ def test_the_rule(k: int, dtype: str) -> None:
     for kernel in forced_products():
         for m, n in ((1, 8), (33, 1), (77, 100), (130, 512), (300, 200), (1000, 330)):
             check_results(m, n, kernel)
+    compared.check()
+
+
+@each_dtype
+@pytest.mark.parametrize(("m", "n", "k"), FEW_TOKENS)
+def test_few_tokens(m: int, n: int, k: int, dtype: str) -> None:
+    """Each kernel's rows are those that they are alone; with every way out of the sums, early weights or none."""
+    own, compared = 24, Comparison()
+    few, b = make(own, k, dtype=dtype, key="few"), make(n, k, dtype=dtype, key="weight").T
+    bias = make(n, dtype="float32", key="bias")
+    alone = torch.cat([product(row, b) for row in few.split(1)])
+    rows = torch.arange(m, device="cuda") * 7 % own
+    a, wanted = few[rows], alone[rows]
+    with fusednorm.weights_are_constant():
+        for number in range(3):
+            compared.add(("early", number), product(a, b), wanted)
+    for given, out_dtype in itertools.product((None, bias), (torch.float32, a.dtype)):
+        sums = (wanted if given is None else wanted + bias).to(out_dtype)
+        for first in (0, 1):  # where the copy engine can write, and where not
+            frame = torch.full((m, (n + 15) // 8 * 8), 7.0, dtype=out_dtype, device="cuda")
+            expected = frame.clone()
+            expected[:, first : first + n] = sums
+            fusednorm.mm_dtype(a, b, bias=given, out=frame[:, first : first + n])
+            compared.add((given is None, out_dtype, first), frame, expected)
     compared.check()
 
 

@@ -15,7 +15,7 @@ import cuda_arrays
 import helpers
 import numpy as np
 import pytest
-from cuda_cases import SCHEDULES, expected_of, forced_products
+from cuda_cases import FEW_TOKENS, SCHEDULES, expected_of, forced_products
 from helpers import DTYPES, POISON, assert_same_bits, random_rows, random_weight, seeded
 from test_bits import Case
 
@@ -195,3 +195,9 @@ def test_forced_products(dtype: str) -> None:
     for kernel in forced_products():
         for m, n, k in FORCED:
             multiply(dtype, dtype, "dense", m, n, k, kernel)
+
+
+@pytest.mark.parametrize("dtype", [HALF, "float16"])
+def test_products_of_few_tokens(dtype: str) -> None:
+    for m, n, k in FEW_TOKENS:
+        multiply(dtype, dtype, "dense", m, n, k)

@@ -59,6 +59,14 @@ FN_DEVICE void fn_box_multicast(uint32_t to, const CUtensorMap *map, int column,
                  : "memory");
 }
 
+FN_DEVICE void fn_box_multicast_hint(uint32_t to, const CUtensorMap *map, int column, int row, uint32_t barrier,
+                                     uint16_t blocks, uint64_t policy) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster"
+                 ".L2::cache_hint [%0], [%1, {%2, %3}], [%4], %5, %6;" ::"r"(to),
+                 "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks), "l"(policy)
+                 : "memory");
+}
+
 /* Shared memory to the map's box; what lies outside of the matrix is not written. */
 FN_DEVICE void fn_box_store(const CUtensorMap *map, int column, int row, uint32_t from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
@@ -109,14 +117,25 @@ template <int PENDING> FN_DEVICE void fn_products_wait(void) {
 #define FN_P64                                                                                                         \
     FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39) "," FN_P8(40, 41, 42, 43, 44, 45, 46, 47) "," FN_P8(              \
         48, 49, 50, 51, 52, 53, 54, 55) "," FN_P8(56, 57, 58, 59, 60, 61, 62, 63)
+#define FN_P24 FN_P16 "," FN_P8(16, 17, 18, 19, 20, 21, 22, 23)
 #define FN_P36 FN_P32 "," FN_P4(32, 33, 34, 35)
 #define FN_P48 FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39) "," FN_P8(40, 41, 42, 43, 44, 45, 46, 47)
 #define FN_P40 FN_P32 "," FN_P8(32, 33, 34, 35, 36, 37, 38, 39)
+#define FN_P64_TO_79 FN_P8(64, 65, 66, 67, 68, 69, 70, 71) "," FN_P8(72, 73, 74, 75, 76, 77, 78, 79)
+#define FN_P80_TO_95 FN_P8(80, 81, 82, 83, 84, 85, 86, 87) "," FN_P8(88, 89, 90, 91, 92, 93, 94, 95)
+#define FN_P96_TO_111 FN_P8(96, 97, 98, 99, 100, 101, 102, 103) "," FN_P8(104, 105, 106, 107, 108, 109, 110, 111)
+#define FN_P80 FN_P64 "," FN_P64_TO_79
+#define FN_P96 FN_P80 "," FN_P80_TO_95
+#define FN_P112 FN_P96 "," FN_P96_TO_111
 #define FN_R4(d, i) "+f"((d)[i]), "+f"((d)[(i) + 1]), "+f"((d)[(i) + 2]), "+f"((d)[(i) + 3])
 #define FN_R8(d, i) FN_R4(d, i), FN_R4(d, (i) + 4)
 #define FN_R16(d, i) FN_R8(d, i), FN_R8(d, (i) + 8)
+#define FN_R24(d, i) FN_R16(d, i), FN_R8(d, (i) + 16)
 #define FN_R32(d, i) FN_R16(d, i), FN_R16(d, (i) + 16)
 #define FN_R64(d, i) FN_R32(d, i), FN_R32(d, (i) + 32)
+#define FN_R80(d, i) FN_R64(d, i), FN_R16(d, (i) + 64)
+#define FN_R96(d, i) FN_R64(d, i), FN_R32(d, (i) + 64)
+#define FN_R112(d, i) FN_R96(d, i), FN_R16(d, (i) + 96)
 #define FN_R36(d, i) FN_R32(d, i), FN_R4(d, (i) + 32)
 #define FN_R48(d, i) FN_R32(d, i), FN_R16(d, (i) + 32)
 #define FN_R40(d, i) FN_R32(d, i), FN_R8(d, (i) + 32)
@@ -134,7 +153,9 @@ template <int PENDING> FN_DEVICE void fn_products_wait(void) {
 /* d = a * b^T + (add ? d : 0) for a of 64 rows, b of N rows, 16 columns. Of d, 64 x N, a thread of warp w and lane l has
  * d[4j + i]: row 16w + l / 4 + 8 * (i / 2), column 8j + 2 * (l % 4) + i % 2. Asynchronous. */
 template <fn_dtype D, int N> FN_DEVICE void fn_product(float d[N / 2], uint64_t a, uint64_t b, uint32_t add) {
-    static_assert(N == 8 || N == 16 || N == 32 || N == 64 || N == 72 || N == 80 || N == 96 || N == 128, "");
+    static_assert(N == 8 || N == 16 || N == 32 || N == 48 || N == 64 || N == 72 || N == 80 || N == 96 || N == 128 ||
+                      N == 160 || N == 192 || N == 224,
+                  "");
     if constexpr (N == 8) {
         FN_PRODUCT_OF(D, 8, 4, FN_P4(0, 1, 2, 3), 4, 5, 6);
     }
@@ -143,6 +164,9 @@ template <fn_dtype D, int N> FN_DEVICE void fn_product(float d[N / 2], uint64_t 
     }
     if constexpr (N == 32) {
         FN_PRODUCT_OF(D, 32, 16, FN_P16, 16, 17, 18);
+    }
+    if constexpr (N == 48) {
+        FN_PRODUCT_OF(D, 48, 24, FN_P24, 24, 25, 26);
     }
     if constexpr (N == 64) {
         FN_PRODUCT_OF(D, 64, 32, FN_P32, 32, 33, 34);
@@ -158,6 +182,15 @@ template <fn_dtype D, int N> FN_DEVICE void fn_product(float d[N / 2], uint64_t 
     }
     if constexpr (N == 128) {
         FN_PRODUCT_OF(D, 128, 64, FN_P64, 64, 65, 66);
+    }
+    if constexpr (N == 160) {
+        FN_PRODUCT_OF(D, 160, 80, FN_P80, 80, 81, 82);
+    }
+    if constexpr (N == 192) {
+        FN_PRODUCT_OF(D, 192, 96, FN_P96, 96, 97, 98);
+    }
+    if constexpr (N == 224) {
+        FN_PRODUCT_OF(D, 224, 112, FN_P112, 112, 113, 114);
     }
 }
 

@@ -1,7 +1,7 @@
 /* mm_hopper.c: products of operands that the copy engine can read, on compute capability 9.0: which kernel, which grid.
  *
  * Chosen by what was measured on an H200, bfloat16, the weights not in L2 (4096 x 4096, in us; the mma.sync tiles were never
- * faster): tokens 1 10.6, 16 10.6, 32 11.1, 64 12.0, 128 18.6; above, 657 to 709 TFLOP/s.
+ * faster): tokens 1 10.6, 16 10.6, 32 11.1, 64 12.0, 96 11.2, 128 12.0, 256 16.5; from 1024 on, 657 to 709 TFLOP/s.
  */
 #include "mm_hopper.h"
 
@@ -16,14 +16,8 @@
 #ifdef FN_MM_HOPPER /* tools/build_cuda.py: compute capability 9.0 is among the GPUs that are compiled for */
 
 enum {
-    DECODE_TOKENS = 64, /* rows of a up to which the weights are read at the speed of the memory, or nearly */
-    GATE_TOKENS = 32,   /* rows of a up to which mm_gate.cuh is faster, where K is cut */
-    DECODE_MOST_TOKENS = 512,
-    DECODE_MOST_ROWS = 64, /* of the weights in a tile */
-    DECODE_LEAST_ROWS = 16,
-    DECODE_ROW_STEP = 8,
+    GATE_TOKENS = 32,  /* rows of a up to which mm_gate.cuh is faster, where K is cut */
     GROUP_ROWS = 2048, /* of a, worked on side by side */
-    PREFILL_STEPS = 2, /* products of the tensor core for each 16 k of a prefill tile; of a decode tile: 1 */
 };
 
 static const fn_mm_hopper_kernels *table_of(const fn_mm_plan *plan) {
@@ -43,32 +37,6 @@ static fn_tensor_map_source out_of(const fn_mm_plan *plan) {
 }
 
 /* ---- which kernel ------------------------------------------------------------------------------------------------------- */
-
-/* Rows of the weights in a decode tile: the fewest for the busiest multiprocessor, and of those the largest tile. */
-static int decode_rows(int64_t n, int multiprocessors) {
-    int best = DECODE_MOST_ROWS;
-    int64_t least = INT64_MAX;
-    for (int rows = DECODE_MOST_ROWS; rows >= DECODE_LEAST_ROWS; rows -= DECODE_ROW_STEP) {
-        const int64_t busiest = fn_divide_up(fn_divide_up(n, rows), multiprocessors) * rows;
-        if (busiest < least) least = busiest, best = rows;
-    }
-    return best;
-}
-
-/* NULL: the prefill kernel. Where tokens and weights are few, its tiles leave most multiprocessors idle. */
-static const fn_mm_decode_kernel *find_decode(const fn_mm_plan *plan, const fn_cuda_properties *device) {
-    const fn_mm_hopper_kernels *table = table_of(plan);
-    const fn_mm_decode_kernel *kernel = table->decode;
-    while (kernel->tokens < plan->m && kernel < table->decode + FN_MM_DECODE_KERNELS - 1) kernel++;
-    if (plan->m <= DECODE_TOKENS) return kernel;
-    if (plan->m > DECODE_MOST_TOKENS) return NULL; /* turns are no measure where there are many */
-    const int64_t rows = decode_rows(plan->n, device->multiprocessors);
-    const int64_t decode = fn_divide_up(plan->n, rows * kernel->cluster) * fn_divide_up(plan->m, kernel->tokens);
-    const int64_t prefill = fn_divide_up(plan->n, table->prefill.unit_n) * fn_divide_up(plan->m, table->prefill.unit_m);
-    const int64_t decode_turns = fn_divide_up(decode, device->multiprocessors / kernel->cluster);
-    const int64_t prefill_turns = fn_divide_up(prefill, device->multiprocessors / table->prefill.cluster);
-    return decode_turns < PREFILL_STEPS * prefill_turns ? kernel : NULL;
-}
 
 /* A place in the tables; -1: none; FUSEDNORM_CUDA_PRODUCT or fn_cuda_force_product names it. -2: the environment was not read. */
 static atomic_int forced_split = -2;
@@ -120,6 +88,45 @@ bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_
     return cut->parts == 1 || plan->m > GATE_TOKENS || get_forced_split(&forced) != FN_OK || forced >= 0;
 }
 
+/* ---- answers -------------------------------------------------------------------------------------------------------------- */
+
+/* The estimates of all kernels take 0.2 to 0.3 us on the host, so answers are kept: a question and its kernel's place in one word,
+ * which threads may read and write as they like. */
+enum { KERNEL_BITS = 4, ANSWER_BITS = 8 };
+typedef struct {
+    _Atomic uint64_t words[2][1 << ANSWER_BITS]; /* of bfloat16, of float16 */
+} kept_answers;
+
+/* 0: a question that does not fit, and is not kept. Of M and N one is small. */
+typedef struct {
+    _Atomic uint64_t *place;
+    uint64_t asked;
+} question;
+
+static question ask(kept_answers *kept, const fn_mm_plan *plan, int n_bits) {
+    enum { M_AND_N_BITS = 34, K_BITS = 20, DEVICE_BITS = 6 };
+    _Static_assert(M_AND_N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
+    _Static_assert(FN_CUDA_MOST_DEVICES <= 1 << DEVICE_BITS, "");
+    uint64_t asked = 0;
+    if (!(plan->m >> (M_AND_N_BITS - n_bits) || plan->n >> n_bits || plan->k >> K_BITS ||
+          plan->device_id >> DEVICE_BITS)) {
+        asked = (uint64_t)plan->m << n_bits | (uint64_t)plan->n;
+        asked = (asked << K_BITS | (uint64_t)plan->k) << DEVICE_BITS | (uint64_t)plan->device_id;
+    }
+    const uint64_t at = asked * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS);
+    return (question){&kept->words[table_of(plan) == &fn_mm_hopper_f16][at], asked};
+}
+
+/* -1: not known. */
+static int answer_to(question q) {
+    const uint64_t word = atomic_load_explicit(q.place, memory_order_relaxed);
+    return q.asked && word >> KERNEL_BITS == q.asked ? (int)(word & ((1 << KERNEL_BITS) - 1)) : -1;
+}
+
+static void keep(question q, int answer) {
+    if (q.asked) atomic_store_explicit(q.place, q.asked << KERNEL_BITS | (uint64_t)answer, memory_order_relaxed);
+}
+
 /* ---- launches ----------------------------------------------------------------------------------------------------------- */
 
 static const char name[] = "CUDA product kernel";
@@ -165,9 +172,21 @@ static fn_status make_maps(const fn_mm_plan *plan, CUtensorMap *a, int a_box, CU
     return status;
 }
 
+static int find_chain(const fn_mm_plan *plan, const fn_cuda_properties *device) {
+    static kept_answers kept;
+    enum { N_BITS = 24 };
+    _Static_assert(FN_MM_DECODE_KERNELS + FN_MM_PREFILL_KERNELS <= 1 << KERNEL_BITS, "");
+    const question q = ask(&kept, plan, N_BITS);
+    const int known = answer_to(q);
+    if (known >= 0) return known;
+    const int found = fn_mm_choose_chain(table_of(plan), plan, device->multiprocessors);
+    keep(q, found);
+    return found;
+}
+
 static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, fn_cuda_devices *allowed,
                             const fn_cuda_properties *device) {
-    const int rows = decode_rows(plan->n, device->multiprocessors);
+    const int rows = fn_mm_decode_rows(kernel, plan, device->multiprocessors);
     const int stage = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + kernel->tokens);
     const int barriers = 2 * (int)sizeof(uint64_t);
     const int fit = (device->shared_bytes - FN_SHARED_ALIGNMENT - FN_DECODE_SLACK) / (stage + barriers);
@@ -175,10 +194,10 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                               .k_stages = (uint32_t)fn_divide_up(plan->k, FN_DECODE_BLOCKS * FN_MM_TILE_K),
                               .stages = (uint32_t)(fit < FN_DECODE_MOST_STAGES ? fit : FN_DECODE_MOST_STAGES),
                               .rows = (uint32_t)rows,
-                              .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
+                              .units_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens * kernel->cluster),
                               .early = plan->weights_are_constant};
-    args.units = (uint32_t)fn_divide_up(plan->n, (int64_t)rows * kernel->cluster) * args.tiles_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens / kernel->cluster, &args.b, rows, NULL, 0, 0));
+    args.units = (uint32_t)fn_divide_up(plan->n, rows) * args.units_m;
+    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, rows / kernel->cluster, NULL, 0, 0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
                         device->shared_bytes, device);
@@ -190,7 +209,8 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                                .units_n = (uint32_t)fn_divide_up(plan->n, kernel->unit_n),
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
-                               .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m)};
+                               .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m),
+                               .early = plan->weights_are_constant};
     args.units = args.units_m * args.units_n;
     FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
                      FN_STAGING_ROWS, FN_ATOM_BYTES));
@@ -259,26 +279,12 @@ static fn_status clusters_at_once(const fn_mm_plan *plan, const fn_mm_split_kern
     return fn_cuda_clusters_at_once(asked, &launch, clusters);
 }
 
-/* The estimates of all kernels take 0.3 us on the host, so answers are kept: a question and its kernel in one word, which threads
- * may read and write as they like. 0: a question that does not fit. */
-enum { KERNEL_BITS = 4, ANSWER_BITS = 8 };
-_Static_assert(FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
-
-static uint64_t question_of(const fn_mm_plan *plan) {
-    enum { M_BITS = 24, N_BITS = 10, K_BITS = 20, DEVICE_BITS = 6 };
-    _Static_assert(M_BITS + N_BITS + K_BITS + DEVICE_BITS + KERNEL_BITS == 64, "");
-    _Static_assert(FN_MM_GATE_COLUMNS < 1 << N_BITS && FN_CUDA_MOST_DEVICES <= 1 << DEVICE_BITS, "");
-    if (plan->m >> M_BITS || plan->n >> N_BITS || plan->k >> K_BITS || plan->device_id >> DEVICE_BITS) return 0;
-    uint64_t question = (uint64_t)plan->m;
-    question = question << N_BITS | (uint64_t)plan->n;
-    question = question << K_BITS | (uint64_t)plan->k;
-    return question << DEVICE_BITS | (uint64_t)plan->device_id;
-}
-
 static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device,
                             const fn_mm_split_kernel **found) {
     static fn_cuda_counts asked[2][FN_MM_SPLIT_KERNELS];
-    static _Atomic uint64_t answers[2][1 << ANSWER_BITS];
+    static kept_answers kept;
+    enum { N_BITS = 10 };
+    _Static_assert(FN_MM_GATE_COLUMNS < 1 << N_BITS && FN_MM_SPLIT_KERNELS <= 1 << KERNEL_BITS, "");
     const fn_mm_hopper_kernels *table = table_of(plan);
     int forced, clusters;
     FN_TRY(get_forced_split(&forced));
@@ -286,12 +292,10 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         *found = &table->split[forced];
         return clusters_at_once(plan, *found, &asked[table == &fn_mm_hopper_f16][forced], device, &clusters);
     }
-    const uint64_t question = question_of(plan);
-    _Atomic uint64_t *const place =
-        &answers[table == &fn_mm_hopper_f16][question * UINT64_C(0x9e3779b97f4a7c15) >> (64 - ANSWER_BITS)];
-    const uint64_t before = atomic_load_explicit(place, memory_order_relaxed);
-    if (question && before >> KERNEL_BITS == question) {
-        *found = &table->split[before & ((1 << KERNEL_BITS) - 1)];
+    const question q = ask(&kept, plan, N_BITS);
+    const int known = answer_to(q);
+    if (known >= 0) {
+        *found = &table->split[known];
         return FN_OK;
     }
     double least = INFINITY;
@@ -304,8 +308,7 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         if (time < least) least = time, *found = kernel;
     }
     FN_REQUIRE(*found, FN_ERROR_RUNTIME, "%s: the device can hold none", name);
-    if (question)
-        atomic_store_explicit(place, question << KERNEL_BITS | (uint64_t)(*found - table->split), memory_order_relaxed);
+    keep(q, (int)(*found - table->split));
     return FN_OK;
 }
 
@@ -330,7 +333,11 @@ static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
 /* ---- all ----------------------------------------------------------------------------------------------------------------- */
 
 fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device) {
-    enum { PREFILL = FN_MM_DECODE_KERNELS, SPLIT, KERNELS = SPLIT + FN_MM_SPLIT_KERNELS };
+    enum {
+        PREFILL = FN_MM_DECODE_KERNELS,
+        SPLIT = PREFILL + FN_MM_PREFILL_KERNELS,
+        KERNELS = SPLIT + FN_MM_SPLIT_KERNELS
+    };
     static fn_cuda_devices allowed[2][KERNELS];
     const fn_mm_hopper_kernels *table = table_of(plan);
     fn_cuda_devices *const own = allowed[table == &fn_mm_hopper_f16];
@@ -339,16 +346,16 @@ fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
         FN_TRY(find_split(plan, cut, device, &split));
         return run_split(plan, cut, split, &own[SPLIT + (split - table->split)], device);
     }
-    const fn_mm_decode_kernel *decode = find_decode(plan, device);
-    if (decode) return run_decode(plan, decode, &own[decode - table->decode], device);
-    return run_prefill(plan, &table->prefill, &own[PREFILL], device);
+    const int chain = find_chain(plan, device);
+    if (chain < PREFILL) return run_decode(plan, &table->decode[chain], &own[chain], device);
+    return run_prefill(plan, &table->prefill[chain - PREFILL], &own[chain], device);
 }
 
 fn_status fn_mm_hopper_warmup(void) {
     const fn_mm_hopper_kernels *const tables[] = {&fn_mm_hopper_bf16, &fn_mm_hopper_f16};
     for (int t = 0; t < 2; t++) {
         for (int i = 0; i < FN_MM_DECODE_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->decode[i].function));
-        FN_TRY(fn_cuda_load(tables[t]->prefill.function));
+        for (int i = 0; i < FN_MM_PREFILL_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->prefill[i].function));
         for (int i = 0; i < FN_MM_SPLIT_KERNELS; i++) FN_TRY(fn_cuda_load(tables[t]->split[i].function));
     }
     return FN_OK;

@@ -44,17 +44,18 @@ typedef struct {
     uint32_t k_blocks; /* of FN_MM_TILE_K columns */
     uint32_t units, units_n, units_m;
     uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
+    uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_prefill_args;
 
 /* Of mm_decode.cuh. */
 typedef struct {
     CUtensorMap a, b;
     fn_mm_out to;
-    uint32_t k_stages; /* of the ring's stages that K takes */
-    uint32_t stages;   /* in the ring */
-    uint32_t rows;     /* of the weight in a tile: a multiple of 8, up to 64 */
-    uint32_t units, tiles_m;
-    uint32_t early; /* the weight may be read before the preceding kernel has finished */
+    uint32_t k_stages;       /* of the ring's stages that K takes */
+    uint32_t stages;         /* in the ring */
+    uint32_t rows;           /* of the weight in a tile: a multiple of 8, up to 64 */
+    uint32_t units, units_m; /* what a cluster works on at a time; of these, along a's rows */
+    uint32_t early;          /* the weight may be read before the preceding kernel has finished */
 } fn_mm_decode_args;
 
 /* Of mm_split.cuh. */
@@ -74,7 +75,7 @@ typedef struct {
 
 typedef struct {
     const void *function;
-    int tokens, cluster;
+    int tokens, cluster; /* of a tile; blocks with the same rows of b */
 } fn_mm_decode_kernel;
 
 typedef struct {
@@ -84,12 +85,12 @@ typedef struct {
     int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 5, FN_MM_SPLIT_KERNELS = 14 };
+enum { FN_MM_DECODE_KERNELS = 6, FN_MM_PREFILL_KERNELS = 8, FN_MM_SPLIT_KERNELS = 14 };
 
 typedef struct {
-    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS]; /* by tokens, ascending */
-    fn_mm_prefill_kernel prefill;
-    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS]; /* K in parts and chunks */
+    fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS];    /* first those without clusters, by tokens, ascending */
+    fn_mm_prefill_kernel prefill[FN_MM_PREFILL_KERNELS]; /* the first: for many tokens */
+    fn_mm_split_kernel split[FN_MM_SPLIT_KERNELS];       /* K in parts and chunks */
 } fn_mm_hopper_kernels;
 
 /* mm_hopper_bf16_sm90a.cu, mm_hopper_f16_sm90a.cu; in builds for compute capability 9.0 */
@@ -101,6 +102,11 @@ extern const fn_mm_hopper_kernels fn_mm_hopper_bf16, fn_mm_hopper_f16;
  * without compute capability 9.0. */
 bool fn_mm_hopper_serves(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
 fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_cuda_properties *device);
+
+/* mm_chain.c: one chain of K. Which kernel: its place in table->decode, or, counted on, in table->prefill; where it is none for
+ * many tokens alone, after an estimate. And how many rows of the weight a decode kernel has in a tile. */
+int fn_mm_choose_chain(const fn_mm_hopper_kernels *table, const fn_mm_plan *plan, int multiprocessors);
+int fn_mm_decode_rows(const fn_mm_decode_kernel *kernel, const fn_mm_plan *plan, int multiprocessors);
 
 /* Loads the kernels on the current device, whose compute capability is 9.0. */
 fn_status fn_mm_hopper_warmup(void);

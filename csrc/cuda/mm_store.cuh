@@ -66,8 +66,10 @@ FN_DEVICE uint32_t fn_pack2(float low, float high, fn_dtype dtype) {
     return dtype == FN_BFLOAT16 ? fn_pack2_bf16(low, high) : fn_pack2_f16(low, high);
 }
 
-/* WIDE: out is of 32 bits; else of 16. sums: of the columns of 128 bytes of a row, 4 for each 8 columns, as fn_product leaves them. */
-template <bool WIDE> FN_DEVICE void fn_stage(uint32_t to, const float *sums, fn_dtype dtype, int lane) {
+/* WIDE: out is of 32 bits; else of 16. sums: of COLUMNS of a row, 128 bytes of them or, if not WIDE, 64; 4 for each 8 columns, as
+ * fn_product leaves them. */
+template <bool WIDE, int COLUMNS = FN_ATOM_BYTES / (WIDE ? 4 : 2)>
+FN_DEVICE void fn_stage(uint32_t to, const float *sums, fn_dtype dtype, int lane) {
     if constexpr (WIDE) {
         /* Rows two apart would meet in the same banks at the same columns, and rows one apart do: odd rows take the columns of
          * the block two further on. */
@@ -87,7 +89,7 @@ template <bool WIDE> FN_DEVICE void fn_stage(uint32_t to, const float *sums, fn_
         const int row = lane % 16;
         const uint32_t at = to + row * FN_ATOM_BYTES + (((lane / 16) ^ (row & 7)) << 4);
 #pragma unroll
-        for (int j = 0; j < 8; j += 2) {
+        for (int j = 0; j < COLUMNS / 8; j += 2) {
             const float *s = sums + 4 * j;
             fn_put_matrices(at ^ (uint32_t)(j << 4), fn_pack2(s[0], s[1], dtype), fn_pack2(s[2], s[3], dtype),
                             fn_pack2(s[4], s[5], dtype), fn_pack2(s[6], s[7], dtype));
@@ -96,11 +98,11 @@ template <bool WIDE> FN_DEVICE void fn_stage(uint32_t to, const float *sums, fn_
 }
 
 /* What the copy engine cannot address: rows and columns one by one. */
-template <bool WIDE>
+template <bool WIDE, int COLUMNS = FN_ATOM_BYTES / (WIDE ? 4 : 2)>
 FN_DEVICE void fn_copy_out(const fn_mm_out &to, uint32_t from, uint32_t row, uint32_t column, int lane) {
-    constexpr int bytes = WIDE ? 4 : 2, columns = FN_ATOM_BYTES / bytes;
+    constexpr int bytes = WIDE ? 4 : 2;
     for (uint32_t i = 0; i < FN_STAGING_ROWS && row + i < to.rows; i++)
-        for (uint32_t c = lane; c < columns && column + c < to.columns; c += 32) {
+        for (uint32_t c = lane; c < COLUMNS && column + c < to.columns; c += 32) {
             const uint32_t unit = c * bytes / 16,
                            at = from + i * FN_ATOM_BYTES + ((unit ^ (i & 7)) << 4) + c * bytes % 16;
             char *there = to.data + (int64_t)(row + i) * to.stride + (int64_t)(column + c) * bytes;
@@ -120,8 +122,8 @@ FN_DEVICE void fn_copy_out(const fn_mm_out &to, uint32_t from, uint32_t row, uin
 template <int BN, int BUFFERS, bool WIDE>
 FN_DEVICE void fn_store_sums(const CUtensorMap *map, const fn_mm_out &to, float sums[BN / 2], int row, int column,
                              fn_staging *staging, int lane) {
-    constexpr int columns = FN_ATOM_BYTES / (WIDE ? 4 : 2);
-    static_assert(BN % columns == 0, "");
+    constexpr int columns = FN_ATOM_BYTES / (WIDE ? 4 : 2), rest = BN % columns;
+    static_assert(rest == 0 || rest == 32, "");
     if (row >= (int)to.rows) return;
 #pragma unroll
     for (int chunk = 0; chunk < BN / columns; chunk++) {
@@ -142,6 +144,19 @@ FN_DEVICE void fn_store_sums(const CUtensorMap *map, const fn_mm_out &to, float 
             __syncwarp();
             fn_copy_out<WIDE>(to, buffer, (uint32_t)row, (uint32_t)first, lane);
         }
+        staging->next = staging->next == BUFFERS - 1 ? 0 : staging->next + 1;
+    }
+    if constexpr (rest) { /* narrower than the map's boxes */
+        const int first = column + BN - rest;
+        float *const last = sums + (BN - rest) / 2;
+        const uint32_t buffer = staging->at + staging->next * FN_STAGING_BYTES;
+        if (to.bias) fn_add_bias<rest>(to, last, (uint32_t)first, lane);
+        if (lane == 0) fn_stores_read<BUFFERS - 1>();
+        __syncwarp();
+        fn_stage<WIDE, rest>(buffer, last, to.dtype, lane);
+        __syncwarp();
+        fn_copy_out<WIDE, rest>(to, buffer, (uint32_t)row, (uint32_t)first, lane);
+        if (lane == 0) fn_stores_commit(); /* an empty group: the buffer counts as the others do */
         staging->next = staging->next == BUFFERS - 1 ? 0 : staging->next + 1;
     }
 }

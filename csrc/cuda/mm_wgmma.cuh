@@ -1,4 +1,4 @@
-/* mm_wgmma.cuh: products of many rows, on compute capability 9.0.
+/* mm_wgmma.cuh: products of more than a few rows, on compute capability 9.0.
  *
  * Every element of the result is one chain: 16 columns of K at a time, ascending, from +0, in the tensor core's sums. Then + bias;
  * then one rounding. No block splits K, so no bit depends on the tile. Here `a` is the tokens, b the weights: N rows along k.
@@ -6,6 +6,8 @@
  * A block is three warpgroups: one thread of the first keeps a ring of stages filled (64 columns of a's rows and of b's rows,
  * by the copy engine), two consume them, in turns, a tile each, so that one multiplies while the other writes. The blocks are
  * persistent: the ring runs on into the next tile. The blocks of a cluster have the same rows of b: each loads a part, for all.
+ *
+ * The first round of the weight may be asked for while the preceding kernel is at work (args.early).
  *
  * A sum's way out: registers, 16 rows of 128 bytes of shared memory that belong to the warp, the copy engine.
  */
@@ -41,22 +43,39 @@ FN_DEVICE void fn_mm_place(const fn_mm_prefill_args &args, uint32_t unit, uint32
     *column = (int)(n * S::UNIT_N);
 }
 
+/* A stage's bytes are announced, and this block's part of b is on its way. */
+template <typename S>
+FN_DEVICE void fn_mm_load_b(const fn_mm_prefill_args &args, uint32_t stage_at, uint32_t full, uint32_t block,
+                            int column, uint32_t rank) {
+    constexpr uint16_t all = (1u << S::CLUSTER) - 1;
+    fn_barrier_expect(full, S::STAGE_BYTES);
+    fn_box_multicast(stage_at + S::A_BYTES + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, (int)(block * FN_MM_TILE_K),
+                     column + (int)rank * S::B_BOX, full, all);
+}
+
 template <typename S>
 FN_DEVICE void fn_mm_produce(const fn_mm_prefill_args &args, uint32_t ring, uint32_t filled, uint32_t drained,
                              uint32_t rank, uint32_t cluster, uint32_t clusters) {
-    constexpr uint16_t all = (1u << S::CLUSTER) - 1;
     uint32_t stage = 0, parity = 1; /* the first round waits for nobody */
+    uint32_t begun = 0;             /* blocks whose part of b is on its way already */
+    int row, column;
+    if (args.early) {
+        fn_mm_place<S>(args, cluster, rank, &row, &column);
+        for (; begun < S::STAGES && begun < args.k_blocks; begun++)
+            fn_mm_load_b<S>(args, ring + begun * S::STAGE_BYTES, filled + 8 * begun, begun, column, rank);
+    }
+    wait_for_previous();
     for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
-        int row, column;
         fn_mm_place<S>(args, unit, rank, &row, &column);
         for (uint32_t block = 0; block < args.k_blocks; block++) {
-            const uint32_t to_a = ring + stage * S::STAGE_BYTES, to_b = to_a + S::A_BYTES, full = filled + 8 * stage;
-            const int k = (int)(block * FN_MM_TILE_K);
-            fn_barrier_wait(drained + 8 * stage, parity);
-            fn_barrier_expect(full, S::STAGE_BYTES);
-            fn_box_load(to_a, &args.a, k, row, full);
-            fn_box_multicast(to_b + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, k, column + (int)rank * S::B_BOX, full,
-                             all);
+            const uint32_t to = ring + stage * S::STAGE_BYTES, full = filled + 8 * stage;
+            if (begun) {
+                begun--;
+            } else {
+                fn_barrier_wait(drained + 8 * stage, parity);
+                fn_mm_load_b<S>(args, to, full, block, column, rank);
+            }
+            fn_box_load(to, &args.a, (int)(block * FN_MM_TILE_K), row, full);
             if (++stage == S::STAGES) stage = 0, parity ^= 1;
         }
     }
@@ -142,23 +161,37 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
         fn_barrier_fence();
     }
     fn_cluster_sync();
-    wait_for_previous();
     if (warp < 4) {
         fn_registers_down<24>();
         if (threadIdx.x == 0) fn_mm_produce<S>(args, ring, filled, drained, rank, cluster, clusters);
     } else {
         fn_registers_up<240>();
+        wait_for_previous();
         const int group = warp / 4 - 1, own = warp % 4;
         fn_mm_consume<S, IN>(args, ring, filled, drained, rank, cluster, clusters, group, own);
     }
 }
 
 /* 128 x 128 in turns, two blocks with the same rows of b: 657 to 709 TFLOP/s on an H200 at 4096 x 4096 to 28672 x 8192 and
- * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere. */
-using fn_prefill_shape = fn_mm_shape<2, 128, 5, 4, 2>;
+ * 1024 to 8192 tokens; tiles of 128 x 256 or 256 x 128 reached no more than 9 % more, and lost as much elsewhere.
+ * For few tokens, where it counts what comes into a multiprocessor: a cluster has 256 rows of a, or 128, and so many of b's that N
+ * is shared out evenly. */
+using fn_prefill_128 = fn_mm_shape<2, 128, 5, 4, 2>;
+using fn_prefill_160 = fn_mm_shape<2, 160, 5, 2, 2>;
+using fn_few_64 = fn_mm_shape<1, 64, 12, 2, 2>;
+using fn_few_96 = fn_mm_shape<1, 96, 9, 2, 2>;
+using fn_few_128 = fn_mm_shape<1, 128, 8, 2, 2>;
+using fn_few_160 = fn_mm_shape<1, 160, 6, 2, 2>;
+using fn_few_192 = fn_mm_shape<1, 192, 6, 2, 2>;
+using fn_few_224 = fn_mm_shape<1, 224, 5, 2, 2>;
 
 #define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER
-#define FN_MM_PREFILL(D) FN_PREFILL(D, fn_prefill_shape)
+#define FN_MM_PREFILL(D)                                                                                               \
+    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_160)}, {FN_PREFILL(D, fn_few_64)},                      \
+        {FN_PREFILL(D, fn_few_96)}, {FN_PREFILL(D, fn_few_128)}, {FN_PREFILL(D, fn_few_160)},                          \
+        {FN_PREFILL(D, fn_few_192)}, {                                                                                 \
+        FN_PREFILL(D, fn_few_224)                                                                                      \
+    }
 
 #endif
