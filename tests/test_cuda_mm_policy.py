@@ -15,7 +15,9 @@ def test_the_policy() -> None:
     csrc = build_c.ROOT / "csrc" / "cuda"
     flags = ["-DFN_MM_HOPPER", *(f"-I{folder}" for folder in test_codegen_cuda.toolkit().includes)]
     program = build_c.build_program(
-        "mm_policy", ["mm_policy.c", csrc / "mm_hopper.c", csrc / "mm_chain.c", csrc / "mm_tensor.c"], flags
+        "mm_policy",
+        ["mm_policy.c", csrc / "mm_split.c", csrc / "mm_hopper.c", csrc / "mm_chain.c", csrc / "mm_tensor.c"],
+        flags,
     )
     command = [str(program), "--seed", str(helpers.SEED % 2**32)]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)

@@ -140,7 +140,7 @@ def test_graph() -> None:
 PRODUCTS = [(m, n, k) for m in (1, 9, 40, 140) for n, k in ((48, 1100), (24, 40), (520, 200))]
 PRODUCTS += [(8, 256, 2048), (1, 30, 2880), (130, 200, 1032), (300, 600, 264), (3, 1, 1001), (2, 5, 0)]
 PRODUCTS += [(40, 64, 2112), (70, 128, 320), (70, 256, 320), (70, 512, 320), (260, 512, 320), (2100, 40, 320)]
-# Of csrc/cuda/mm_few.cuh: one, two and four tokens by two and four weights; chunks that are short, and that there are not.
+# Of csrc/cuda/mm_few.cuh: one, two and four tokens by two and four weights; chunks that are short, or absent.
 PRODUCTS += [(2, 9, 2056), (4, 256, 2880), (3, 31, 520), (1, 300, 4096), (2, 301, 1096)]
 PRODUCTS += [(4100, 16, 320), (3000, 130, 320), (9000, 40, 320)]
 # Of each kernel of csrc/cuda/mm_split.cuh: the ring goes round, or does not; tiles are whole, or are not.

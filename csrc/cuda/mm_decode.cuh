@@ -17,7 +17,7 @@
 #include "mm_store.cuh"
 
 template <int TOKENS_, int CLUSTER_> struct fn_decode_shape {
-    static constexpr int TOKENS = TOKENS_, CLUSTER = CLUSTER_, UNIT_TOKENS = TOKENS * CLUSTER;
+    static constexpr int TOKENS = TOKENS_, CLUSTER = CLUSTER_;
     static constexpr uint16_t ALL = (1u << CLUSTER) - 1;
 };
 
@@ -27,12 +27,22 @@ typedef struct {
     uint32_t rank; /* the block's, in the cluster */
 } fn_decode_ring;
 
+/* The first row of the weight of a unit's tile, and the first token of this block's. */
+FN_DEVICE uint32_t fn_decode_row(const fn_mm_decode_args &args, uint32_t unit) {
+    return fn_tile_begin(unit / args.units_m, args.rows, args.to.columns);
+}
+
+template <typename S>
+FN_DEVICE uint32_t fn_decode_token(const fn_mm_decode_args &args, const fn_decode_ring &at, uint32_t unit) {
+    return fn_tile_begin(unit % args.units_m * S::CLUSTER + at.rank, S::TOKENS, args.to.rows);
+}
+
 /* A step's part of the weight. */
 template <typename S>
 FN_DEVICE void fn_decode_load(const fn_mm_decode_args &args, const fn_decode_ring &at, uint32_t stage, uint32_t step,
                               int row, uint64_t once) {
     const uint32_t weight = at.ring + stage * at.stage_bytes, full = at.filled + 8 * stage;
-    fn_barrier_expect(full, at.stage_bytes);
+    fn_barrier_expect(full, args.stage_bytes);
 #pragma unroll
     for (uint32_t i = 0; i < FN_DECODE_BLOCKS; i++)
         if constexpr (S::CLUSTER > 1) {
@@ -50,15 +60,14 @@ template <typename S>
 FN_DEVICE void fn_decode_produce(const fn_mm_decode_args &args, const fn_decode_ring &at, uint32_t cluster,
                                  uint32_t clusters) {
     const uint64_t once = fn_evict_first();
-    const auto row_of = [&](uint32_t unit) { return (int)(unit / args.units_m * args.rows); };
     uint32_t stage = 0, parity = 1, begun = 0; /* steps whose part of the weight is on its way already */
     if (args.early)
         for (; begun < args.stages && begun < args.k_stages; begun++)
-            fn_decode_load<S>(args, at, begun, begun, row_of(cluster), once);
+            fn_decode_load<S>(args, at, begun, begun, (int)fn_decode_row(args, cluster), once);
     wait_for_previous();
     for (uint32_t unit = cluster; unit < args.units; unit += clusters) {
-        const int token = (int)(unit % args.units_m * S::UNIT_TOKENS + at.rank * S::TOKENS);
-        const int row = row_of(unit);
+        const int token = (int)fn_decode_token<S>(args, at, unit);
+        const int row = (int)fn_decode_row(args, unit);
         for (uint32_t step = 0; step < args.k_stages; step++) {
             if (begun) {
                 begun--;
@@ -139,8 +148,8 @@ FN_DEVICE void fn_decode_consume(const fn_mm_decode_args &args, const fn_decode_
         fn_release<S::CLUSTER>(at.drained + 8 * previous, lane);
         fn_keep_sums<S::TOKENS / 2>(sums);
         const uint32_t in_tile = warp * 16 + lane / 4;
-        const uint32_t token = unit % args.units_m * S::UNIT_TOKENS + at.rank * S::TOKENS + 2 * (lane % 4);
-        const uint32_t row = unit / args.units_m * args.rows + in_tile;
+        const uint32_t token = fn_decode_token<S>(args, at, unit) + 2 * (lane % 4);
+        const uint32_t row = fn_decode_row(args, unit) + in_tile;
         if (args.to.dtype == FN_FLOAT32)
             fn_decode_store<S::TOKENS, true>(args.to, sums, row, in_tile, args.rows, token);
         else fn_decode_store<S::TOKENS, false>(args.to, sums, row, in_tile, args.rows, token);

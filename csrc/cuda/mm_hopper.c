@@ -188,16 +188,17 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
                             const fn_cuda_properties *device) {
     const int rows = fn_mm_decode_rows(kernel, plan, device->multiprocessors);
     const int stage = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + kernel->tokens);
-    const int barriers = 2 * (int)sizeof(uint64_t);
+    const int barriers = 2 * (int)sizeof(uint64_t), tokens = fn_mm_box(kernel->tokens, plan->m);
     const int fit = (device->shared_bytes - FN_SHARED_ALIGNMENT - FN_DECODE_SLACK) / (stage + barriers);
     fn_mm_decode_args args = {.to = result_of(plan),
                               .k_stages = (uint32_t)fn_divide_up(plan->k, FN_DECODE_BLOCKS * FN_MM_TILE_K),
                               .stages = (uint32_t)(fit < FN_DECODE_MOST_STAGES ? fit : FN_DECODE_MOST_STAGES),
                               .rows = (uint32_t)rows,
+                              .stage_bytes = (uint32_t)(FN_DECODE_BLOCKS * FN_ATOM_BYTES * (rows + tokens)),
                               .units_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens * kernel->cluster),
                               .early = plan->weights_are_constant};
     args.units = (uint32_t)fn_divide_up(plan->n, rows) * args.units_m;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, rows / kernel->cluster, NULL, 0, 0));
+    FN_TRY(make_maps(plan, &args.a, tokens, &args.b, rows / kernel->cluster, NULL, 0, 0));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_DECODE_THREADS,
                         device->shared_bytes, device);
@@ -205,14 +206,16 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
 
 static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
                              const fn_cuda_properties *device) {
+    const int a_box = fn_mm_box(kernel->a_box, plan->m);
     fn_mm_prefill_args args = {.to = result_of(plan),
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                                .units_n = (uint32_t)fn_divide_up(plan->n, kernel->unit_n),
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
                                .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m),
+                               .stage_bytes = (uint32_t)(FN_ATOM_BYTES * (a_box + kernel->unit_n)),
                                .early = plan->weights_are_constant};
     args.units = args.units_m * args.units_n;
-    FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
+    FN_TRY(make_maps(plan, &args.a, a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
                      FN_STAGING_ROWS, FN_ATOM_BYTES));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_PREFILL_THREADS,
@@ -220,42 +223,6 @@ static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel 
 }
 
 /* ---- K in parts ---------------------------------------------------------------------------------------------------------- */
-
-/* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have. The
- * constants fit what was measured on an H200 (14 kernels, 65 shapes; the chosen kernel's time within 12 % in the mean), so that the
- * fastest is chosen, or one that takes at most 5 % more, but for one shape (10 %) and two whose choice was not measured. */
-static double round_of(const fn_mm_split_kernel *kernel, uint32_t part_tiles, uint32_t k_tiles, uint32_t blocks,
-                       uint32_t usable) {
-    const double start = 1500; /* a launch, and what comes first */
-    /* Where two blocks fit on a multiprocessor the next kernel's come early, and are in the way of more than half a device's. */
-    const double crowded = kernel->resident > 1 && 2 * blocks > usable ? 250 : 0;
-    /* What a multiprocessor does in a nanosecond: bytes of operands that arrive, bytes of sums that it sends or keeps, products
-     * of a weight with a token, FN_MM_TILE_K long; and bytes of operands that leave L2. */
-    const double operands = 130, sums = 26, products = 33, l2 = 8500;
-    const uint32_t parts = FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, each = (blocks + usable - 1) / usable;
-    const double tiles = parts * part_tiles < k_tiles ? parts * part_tiles : k_tiles; /* of the busiest block */
-    const double cells = (double)kernel->tokens * kernel->weights;
-    const double bytes = tiles * FN_ATOM_BYTES * (kernel->tokens + kernel->weights);
-    /* Sums that a block sends to others, or keeps for later, in tiles. Of 2 parts half of the blocks send both, one while the
-     * other is added up; of 4 half of the sums stay where they are; of 8 they go to its own shared memory, which costs little. */
-    const double sent = parts == 8 ? 0.25 : parts == 4 ? 0.5 : parts == 2 ? 1.25 : 1;
-    double time = each * bytes / operands;
-    if (time < blocks * bytes / l2) time = blocks * bytes / l2;
-    if (time < each * tiles * cells / products) time = each * tiles * cells / products;
-    return start + crowded + each * sent * cells * sizeof(float) / sums + time;
-}
-
-static double estimate(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan, const fn_mm_cut *cut,
-                       uint32_t clusters_at_once) {
-    const uint32_t rows = plan->m < INT32_MAX ? (uint32_t)plan->m : INT32_MAX, part = (uint32_t)cut->part_tiles;
-    const uint32_t k_tiles = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K);
-    const uint32_t tokens = (uint32_t)kernel->tokens, weights = (uint32_t)kernel->weights;
-    const uint32_t clusters = (rows + tokens - 1) / tokens * (((uint32_t)plan->n + weights - 1) / weights);
-    const uint32_t size = (uint32_t)kernel->cluster, usable = clusters_at_once * size / (uint32_t)kernel->resident;
-    const uint32_t rounds = clusters / clusters_at_once, rest = clusters % clusters_at_once;
-    return (rounds ? rounds * round_of(kernel, part, k_tiles, clusters_at_once * size, usable) : 0) +
-           (rest ? round_of(kernel, part, k_tiles, rest * size, usable) : 0);
-}
 
 static fn_cuda_launch split_launch(const fn_mm_plan *plan, const fn_mm_split_kernel *kernel, const void *args,
                                    int64_t tiles) {
@@ -304,7 +271,7 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
         const fn_mm_split_kernel *kernel = &table->split[i];
         FN_TRY(clusters_at_once(plan, kernel, &asked[table == &fn_mm_hopper_f16][i], device, &clusters));
         if (clusters < 1) continue;
-        const double time = estimate(kernel, plan, cut, (uint32_t)clusters);
+        const double time = fn_mm_split_time(kernel, plan, cut, (uint32_t)clusters);
         if (time < least) least = time, *found = kernel;
     }
     FN_REQUIRE(*found, FN_ERROR_RUNTIME, "%s: the device can hold none", name);
@@ -314,15 +281,17 @@ static fn_status find_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const 
 
 static fn_status run_split(const fn_mm_plan *plan, const fn_mm_cut *cut, const fn_mm_split_kernel *kernel,
                            fn_cuda_devices *allowed, const fn_cuda_properties *device) {
+    const int tokens = fn_mm_box(kernel->tokens, plan->m), weights = fn_mm_box(kernel->weights, plan->n);
     fn_mm_split_args args = {.to = result_of(plan),
                              .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                              .part_blocks = (uint32_t)cut->part_tiles,
                              .tiles_m = (uint32_t)fn_divide_up(plan->m, kernel->tokens),
                              .tiles_n = (uint32_t)fn_divide_up(plan->n, kernel->weights),
+                             .stage_bytes = (uint32_t)(FN_ATOM_BYTES * (tokens + weights)),
                              .early = plan->weights_are_constant};
     args.to.by_engine = args.to.by_engine && kernel->out_tokens;
-    FN_TRY(make_maps(plan, &args.a, kernel->tokens, &args.b, kernel->weights, args.to.by_engine ? &args.out : NULL,
-                     kernel->out_tokens, kernel->out_weights * fn_dtypes[plan->out.dtype].bytes));
+    FN_TRY(make_maps(plan, &args.a, tokens, &args.b, weights, args.to.by_engine ? &args.out : NULL, kernel->out_tokens,
+                     kernel->out_weights * fn_dtypes[plan->out.dtype].bytes));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     fn_cuda_launch launch = split_launch(plan, kernel, &args, (int64_t)args.tiles_m * args.tiles_n);
     /* Blocks of a cluster are neighbours on the device: what two of them read is fetched once. */

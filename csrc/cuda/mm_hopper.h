@@ -43,8 +43,9 @@ typedef struct {
     fn_mm_out to;
     uint32_t k_blocks; /* of FN_MM_TILE_K columns */
     uint32_t units, units_n, units_m;
-    uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
-    uint32_t early; /* the weight may be read before the preceding kernel has finished */
+    uint32_t group;       /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
+    uint32_t stage_bytes; /* that come into a stage */
+    uint32_t early;       /* the weight may be read before the preceding kernel has finished */
 } fn_mm_prefill_args;
 
 /* Of mm_decode.cuh. */
@@ -55,6 +56,7 @@ typedef struct {
     uint32_t stages;         /* in the ring */
     uint32_t rows;           /* of the weight in a tile: a multiple of 8, up to 64 */
     uint32_t units, units_m; /* what a cluster works on at a time; of these, along a's rows */
+    uint32_t stage_bytes;    /* that come into a stage */
     uint32_t early;          /* the weight may be read before the preceding kernel has finished */
 } fn_mm_decode_args;
 
@@ -65,7 +67,8 @@ typedef struct {
     uint32_t k_blocks;    /* of FN_MM_TILE_K columns */
     uint32_t part_blocks; /* of these, in a part */
     uint32_t tiles_m, tiles_n;
-    uint32_t early; /* the weight may be read before the preceding kernel has finished */
+    uint32_t stage_bytes; /* that come into a stage */
+    uint32_t early;       /* the weight may be read before the preceding kernel has finished */
 } fn_mm_split_args;
 
 typedef struct {
@@ -107,6 +110,14 @@ fn_status fn_mm_run_hopper(const fn_mm_plan *plan, const fn_mm_cut *cut, const f
  * many tokens alone, after an estimate. And how many rows of the weight a decode kernel has in a tile. */
 int fn_mm_choose_chain(const fn_mm_hopper_kernels *table, const fn_mm_plan *plan, int multiprocessors);
 int fn_mm_decode_rows(const fn_mm_decode_kernel *kernel, const fn_mm_plan *plan, int multiprocessors);
+
+/* What the copy engine loads at once of `all` rows: not more than there are, since to fill in the others takes longer than to load
+ * them. What shared memory has in their place becomes sums that nobody writes. */
+static inline int fn_mm_box(int rows, int64_t all) { return rows < all ? rows : (int)all; }
+
+/* Nanoseconds, nearly, of which the device holds so many clusters at once. */
+double fn_mm_split_time(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan, const fn_mm_cut *cut,
+                        uint32_t clusters_at_once);
 
 /* Loads the kernels on the current device, whose compute capability is 9.0. */
 fn_status fn_mm_hopper_warmup(void);

@@ -39,8 +39,8 @@ FN_DEVICE void fn_mm_place(const fn_mm_prefill_args &args, uint32_t unit, uint32
     const uint32_t whole = args.group * args.units_n, first = unit / whole * args.group, in_group = unit % whole;
     const uint32_t high = min(args.units_m - first, args.group);
     const uint32_t m = first + in_group % high, n = in_group / high;
-    *row = (int)(m * S::UNIT_M + rank * S::BM);
-    *column = (int)(n * S::UNIT_N);
+    *row = (int)fn_tile_begin(m * S::CLUSTER + rank, S::BM, args.to.rows);
+    *column = (int)fn_tile_begin(n, S::UNIT_N, args.to.columns);
 }
 
 /* A stage's bytes are announced, and this block's part of b is on its way. */
@@ -48,7 +48,7 @@ template <typename S>
 FN_DEVICE void fn_mm_load_b(const fn_mm_prefill_args &args, uint32_t stage_at, uint32_t full, uint32_t block,
                             int column, uint32_t rank) {
     constexpr uint16_t all = (1u << S::CLUSTER) - 1;
-    fn_barrier_expect(full, S::STAGE_BYTES);
+    fn_barrier_expect(full, args.stage_bytes);
     fn_box_multicast(stage_at + S::A_BYTES + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, (int)(block * FN_MM_TILE_K),
                      column + (int)rank * S::B_BOX, full, all);
 }
