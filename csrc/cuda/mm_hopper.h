@@ -88,7 +88,7 @@ typedef struct {
     int out_tokens, out_weights; /* of a box of out; 0: the copy engine does not write it */
 } fn_mm_split_kernel;
 
-enum { FN_MM_DECODE_KERNELS = 6, FN_MM_PREFILL_KERNELS = 8, FN_MM_SPLIT_KERNELS = 14 };
+enum { FN_MM_DECODE_KERNELS = 6, FN_MM_PREFILL_KERNELS = 8, FN_MM_SPLIT_KERNELS = 15 };
 
 typedef struct {
     fn_mm_decode_kernel decode[FN_MM_DECODE_KERNELS];    /* first those without clusters, by tokens, ascending */

@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
 /* Weights x tokens, and the blocks that share k. Each is the fastest somewhere. */
 using fn_split_64x16_by8 = fn_split_shape<1, 16, 8, 8, 2>;
 using fn_split_64x32_by8 = fn_split_shape<1, 32, 7, 8, 2>;
+using fn_split_48x64_by8 = fn_split_shape<1, 48, 6, 8, 2, true>;
 using fn_split_64x64_by8 = fn_split_shape<1, 64, 5, 8, 2>;
 using fn_split_128x64_by8 = fn_split_shape<2, 64, 3, 8, 2>;
 using fn_split_128x128_by8 = fn_split_shape<2, 128, 5, 8, 1>;
@@ -239,11 +240,11 @@ using fn_split_128x128_by1 = fn_split_shape<2, 128, 5, 1, 1, true, 7>;
     &#S[sizeof "fn_split_" - 1], (const void *)fn_mm_split<S, D>, S::TOKENS, S::WEIGHTS, S::THREADS, S::BLOCKS,        \
         S::RESIDENT, S::SHARED, S::BY_ENGINE ? S::OUT_TOKENS : 0, S::OUT_WEIGHTS
 #define FN_MM_SPLIT(D)                                                                                                 \
-    {FN_SPLIT(D, fn_split_64x16_by8)}, {FN_SPLIT(D, fn_split_64x32_by8)}, {FN_SPLIT(D, fn_split_64x64_by8)},           \
-        {FN_SPLIT(D, fn_split_128x64_by8)}, {FN_SPLIT(D, fn_split_128x128_by8)}, {FN_SPLIT(D, fn_split_128x72_by4)},   \
-        {FN_SPLIT(D, fn_split_80x128_by4)}, {FN_SPLIT(D, fn_split_128x64_by2)}, {FN_SPLIT(D, fn_split_192x64_by2)},    \
-        {FN_SPLIT(D, fn_split_80x128_by2)}, {FN_SPLIT(D, fn_split_64x128_by1)}, {FN_SPLIT(D, fn_split_80x128_by1)},    \
-        {FN_SPLIT(D, fn_split_96x128_by1)}, {                                                                          \
+    {FN_SPLIT(D, fn_split_64x16_by8)}, {FN_SPLIT(D, fn_split_64x32_by8)}, {FN_SPLIT(D, fn_split_48x64_by8)},           \
+        {FN_SPLIT(D, fn_split_64x64_by8)}, {FN_SPLIT(D, fn_split_128x64_by8)}, {FN_SPLIT(D, fn_split_128x128_by8)},    \
+        {FN_SPLIT(D, fn_split_128x72_by4)}, {FN_SPLIT(D, fn_split_80x128_by4)}, {FN_SPLIT(D, fn_split_128x64_by2)},    \
+        {FN_SPLIT(D, fn_split_192x64_by2)}, {FN_SPLIT(D, fn_split_80x128_by2)}, {FN_SPLIT(D, fn_split_64x128_by1)},    \
+        {FN_SPLIT(D, fn_split_80x128_by1)}, {FN_SPLIT(D, fn_split_96x128_by1)}, {                                      \
         FN_SPLIT(D, fn_split_128x128_by1)                                                                              \
     }
 
