@@ -29,12 +29,12 @@ typedef struct {
 
 /* The first row of the weight of a unit's tile, and the first token of this block's. */
 FN_DEVICE uint32_t fn_decode_row(const fn_mm_decode_args &args, uint32_t unit) {
-    return fn_tile_begin(unit / args.units_m, args.rows, args.to.columns);
+    return fn_first_weight(unit / args.units_m, args.rows, args.to);
 }
 
 template <typename S>
 FN_DEVICE uint32_t fn_decode_token(const fn_mm_decode_args &args, const fn_decode_ring &at, uint32_t unit) {
-    return fn_tile_begin(unit % args.units_m * S::CLUSTER + at.rank, S::TOKENS, args.to.rows);
+    return fn_first_token(unit % args.units_m * S::CLUSTER + at.rank, S::TOKENS, args.to);
 }
 
 /* A step's part of the weight. */

@@ -175,8 +175,8 @@ __global__ void __launch_bounds__(S::THREADS, S::RESIDENT) fn_mm_split(const __g
                                 filled + 16 * S::FIRST_STAGES};
     const uint32_t tile_m = S::SHARE_TOKENS ? tile / args.tiles_n : tile % args.tiles_m;
     const uint32_t tile_n = S::SHARE_TOKENS ? tile % args.tiles_n : tile / args.tiles_m;
-    const int token = (int)fn_tile_begin(tile_m, S::TOKENS, args.to.rows);
-    const int weight = (int)fn_tile_begin<2>(tile_n, S::WEIGHTS, args.to.columns);
+    const int token = (int)fn_first_token(tile_m, S::TOKENS, args.to);
+    const int weight = (int)fn_first_weight(tile_n, S::WEIGHTS, args.to);
     const int first = rank * (int)args.part_blocks * S::PARTS;
     const int blocks = min((int)args.part_blocks * S::PARTS, (int)args.k_blocks - first);
     const int thread = threadIdx.x, lane = thread % 32, warp = __shfl_sync(0xffffffffu, thread / 32, 0);

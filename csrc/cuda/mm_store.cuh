@@ -20,8 +20,17 @@ typedef struct {
 
 /* Where tile `number` of `size` rows, or columns, begins, of `all`; a multiple of STEP. None begins so late that the copy engine would
  * have to fill in what lies behind the last, which takes it longer than to load it: the last tiles may overlap, and write the same. */
-template <uint32_t STEP = 1> FN_DEVICE uint32_t fn_tile_begin(uint32_t number, uint32_t size, uint32_t all) {
+template <uint32_t STEP> FN_DEVICE uint32_t fn_tile_begin(uint32_t number, uint32_t size, uint32_t all) {
     return min(number * size, (max(all, size) - size + STEP - 1) / STEP * STEP);
+}
+
+FN_DEVICE uint32_t fn_first_token(uint32_t number, uint32_t size, const fn_mm_out &to) {
+    return fn_tile_begin<1>(number, size, to.rows);
+}
+
+/* The copy engine takes a box of out that begins elsewhere than at a multiple of 16 bytes for an illegal instruction. */
+FN_DEVICE uint32_t fn_first_weight(uint32_t number, uint32_t size, const fn_mm_out &to) {
+    return fn_tile_begin<8>(number, size, to.columns);
 }
 
 FN_DEVICE float fn_mm_bias(const fn_mm_out &to, uint32_t column) {

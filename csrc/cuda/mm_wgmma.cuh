@@ -39,8 +39,8 @@ FN_DEVICE void fn_mm_place(const fn_mm_prefill_args &args, uint32_t unit, uint32
     const uint32_t whole = args.group * args.units_n, first = unit / whole * args.group, in_group = unit % whole;
     const uint32_t high = min(args.units_m - first, args.group);
     const uint32_t m = first + in_group % high, n = in_group / high;
-    *row = (int)fn_tile_begin(m * S::CLUSTER + rank, S::BM, args.to.rows);
-    *column = (int)fn_tile_begin(n, S::UNIT_N, args.to.columns);
+    *row = (int)fn_first_token(m * S::CLUSTER + rank, S::BM, args.to);
+    *column = (int)fn_first_weight(n, S::UNIT_N, args.to);
 }
 
 /* A stage's bytes are announced, and this block's part of b is on its way. */
