@@ -227,7 +227,8 @@ def notes() -> list[str]:
     return [
         f"x (M x K) times the transpose of a weight (N x K); fp32 result. {TORCH}: cuBLAS, with out_dtype= where x",
         f"is bfloat16, TF32 off where it is fp32. {BASE}: mm_dtype with out=, safe after a kernel that writes",
-        f"the weight. {CONSTANT}: weights_are_constant().",
+        f"the weight. {CONSTANT}: weights_are_constant(). SGLang's JIT kernel asks for the weight before the kernel",
+        f"ahead of it has ended, so it is {CONSTANT} that does the same work; the other peers wait.",
         f"of floor: the time of a {COPY} that reads and writes as many bytes as the weight has, over {BASE}'s.",
         f"x best, x {TORCH}: the time of the best peer, of {TORCH}, over {BASE}'s.",
         "-: not measured, the JSON file has the reason. A figure with ! is of a kernel whose result is wrong.",
