@@ -207,22 +207,28 @@ def test_the_rule(k: int, dtype: str) -> None:
             narrow = fusednorm.mm_dtype(a[:m], b[:n].T, bias=narrow_bias, out=empty(m, n, dtype_of(dtype)))
             sums = wanted[:m, :n] if narrow_bias is None else wanted[:m, :n] + bias
             compared.add((m, n, k, "narrow", *what), narrow, sums.to(dtype_of(dtype)))
-        frame = torch.full((m, n + 3), 7.0, device="cuda")
-        expected = frame.clone()
-        expected[:, 1 : n + 1] = wanted[:m, :n]
-        fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, 1 : n + 1])
-        compared.add((m, n, k, "frame", *what), frame, expected)
+        for first in (0, 1):  # where the copy engine can write, and where not
+            frame = torch.full((m, (n + 8) // 8 * 8), 7.0, device="cuda")
+            expected = frame.clone()
+            expected[:, first : first + n] = wanted[:m, :n]
+            fusednorm.mm_dtype(a[:m], b[:n].T, out=frame[:, first : first + n])
+            compared.add((m, n, k, "frame", first, *what), frame, expected)
+        with fusednorm.weights_are_constant():
+            for number in range(2):  # the second may begin while the first is at work
+                compared.add((m, n, k, "early", number, *what), product(a[:m], b[:n].T), wanted[:m, :n].contiguous())
 
-    for m, n in ((1, 32), (20, 129), (40, 256), (140, 256), (300, 256), (300, 500), (700, 1), (1000, 200), *MANY_ROWS):
+    few = [(m, n) for m in (1, 2, 4, 7) for n in (31, 256, 383)]
+    many = ((20, 129), (40, 256), (140, 256), (300, 256), (300, 500), (700, 1), (1000, 200), *MANY_ROWS)
+    for m, n in (*few, *many):
         check_results(m, n)
     for kernel in forced_products():
-        for m, n in ((1, 8), (33, 1), (77, 100), (130, 512), (300, 200), (1000, 330)):
+        for m, n in ((1, 8), (33, 1), (77, 100), (130, 331), (130, 512), (300, 199), (1000, 330)):
             check_results(m, n, kernel)
     compared.check()
 
 
 @each_dtype
-@pytest.mark.parametrize(("m", "n", "k"), FEW_TOKENS)
+@pytest.mark.parametrize(("m", "n", "k"), [*((m, 4001, 2104) for m in (1, 7, 33, 64)), *FEW_TOKENS])
 def test_few_tokens(m: int, n: int, k: int, dtype: str) -> None:
     """Each kernel's rows are those that they are alone; with every way out of the sums, early weights or none."""
     own, compared = 24, Comparison()

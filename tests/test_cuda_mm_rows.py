@@ -177,9 +177,16 @@ def test_beside_another_stream(n: int, k: int) -> None:
 
 def test_operands_that_come_late() -> None:
     """Each operand and the bias, written on the stream after a pause: nothing is read before."""
-    for m, n in ((1, 256), (40, 256), (300, 256), (40, 1024), (300, 1024)):
+    shapes = [(m, n, "bfloat16") for m, n in ((1, 256), (4, 256), (40, 256), (300, 256), (40, 1024), (300, 1024))]
+    for m, n, weights in (
+        *shapes,
+        (1, 256, "float32"),
+        (8, 256, "float32"),
+        (2, 4096, "float32"),
+        (300, 256, "float32"),
+    ):
         for late in range(3):
-            held = [make(m, 4096, key=m), make(n, 4096, key=n), make(n, key="bias")]
+            held = [make(m, 4096, key=m), make(n, 4096, dtype=weights, key=n), make(n, key="bias")]
             values = held[late].clone()
             expected = product(held[0], held[1].T, bias=held[2])
             held[late].fill_(float("nan"))
@@ -189,7 +196,7 @@ def test_operands_that_come_late() -> None:
             held[late].copy_(values)
             fusednorm.mm_dtype(held[0], held[1].T, bias=held[2], out=out)
             compared = Comparison()
-            compared.add((m, n, late), out, expected)
+            compared.add((m, n, weights, late), out, expected)
             compared.check()
 
 

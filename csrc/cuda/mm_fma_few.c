@@ -1,8 +1,14 @@
-/* mm_fma_few.c: does a kernel of mm_fma_few.cu serve a product? If so: which, on how many blocks. None of it moves a bit. */
+/* mm_fma_few.c: does a kernel of mm_fma_few.cu serve a product? If so: which, on how many blocks. None of it moves a
+ * bit. */
 #include "cuda.h"
 #include "mm_fma.h"
 
-enum { UNIT = 16 }; /* bytes */
+#include <assert.h>
+
+enum {
+    UNIT = 16,                                        /* bytes */
+    MOST_WEIGHTS = INT32_MAX / FN_MM_FMA_MOST_BLOCKS, /* more than a launch can have blocks for */
+};
 
 /* ---- operands ---------------------------------------------------------------------------------------------------- */
 
@@ -30,7 +36,7 @@ static bool find_operands(const fn_mm_plan *plan, bool swapped, fn_fma_few_args 
                               .bias_dtype = plan->bias.dtype,
                               .early = plan->weights_are_constant && !swapped};
     *(swapped ? &args->bias_token_stride : &args->bias_weight_stride) = plan->bias.stride[1];
-    return plan->k > 0 && rows <= FN_FMA_FEW_ROWS && weights->dtype == FN_FLOAT32 &&
+    return plan->k > 0 && rows <= FN_FMA_FEW_ROWS && weight_rows <= MOST_WEIGHTS && weights->dtype == FN_FLOAT32 &&
            describe(weights, !swapped, weight_rows, plan->k, &args->weights) &&
            describe(tokens, swapped, rows, plan->k, &args->tokens);
 }
@@ -86,10 +92,11 @@ static fn_cuda_launch launch_of(const fn_mm_plan *plan, const fn_fma_few_kernel 
                             .stream = plan->stream};
 }
 
-/* Can the device have such a cluster? */
+/* Can the device have such a cluster, of blocks with all the shared memory that there is? */
 static fn_status can_cluster(const fn_mm_plan *plan, const fn_fma_few_kernel *kernel, const fn_fma_few_args *args,
-                             layout wanted, bool *can) {
+                             const fn_cuda_properties *device, layout wanted, bool *can) {
     static fn_cuda_counts known[FN_FMA_FEW_KERNELS][FN_FMA_FEW_MOST_WARPS + 1][FN_MM_FMA_MOST_BLOCKS + 1];
+    wanted.shared_bytes = device->shared_bytes;
     const fn_cuda_launch launch = launch_of(plan, kernel, args, 1, wanted);
     int at_once = 0;
     FN_TRY(
@@ -98,8 +105,8 @@ static fn_status can_cluster(const fn_mm_plan *plan, const fn_fma_few_kernel *ke
     return FN_OK;
 }
 
-/* The one by which a multiprocessor gets the fewest bytes: those of a block's chunks, of weights and of tokens, times the blocks
- * that it gets. Among equals the one with more warps, then with fewer blocks. */
+/* The one by which a multiprocessor gets the fewest bytes: those of a block's chunks, of weights and of tokens, times
+ * the blocks that it gets. Among equals the one with more warps, then with fewer blocks. */
 static fn_status choose_layout(const fn_mm_plan *plan, const fn_fma_few_kernel *kernel, const fn_fma_few_args *args,
                                const fn_cuda_properties *device, layout *chosen) {
     const int64_t chunks = fn_divide_up(args->k, FN_MM_CHUNK), token_bytes = fn_dtypes[args->token_dtype].bytes;
@@ -119,7 +126,7 @@ static fn_status choose_layout(const fn_mm_plan *plan, const fn_fma_few_kernel *
             const int64_t bytes =
                 fn_divide_up(tiles * cluster, device->multiprocessors) * rounds_of(args, cluster) * chunk_bytes;
             bool can = l.shared_bytes <= device->shared_bytes && bytes < least;
-            if (can && cluster > 1) FN_TRY(can_cluster(plan, kernel, args, l, &can));
+            if (can && cluster > 1) FN_TRY(can_cluster(plan, kernel, args, device, l, &can));
             if (can) least = bytes, *chosen = l;
         }
     }
@@ -138,8 +145,7 @@ fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_fma_few_args *args) {
     FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_fma_few_kernels], plan->device_id, kernel->function,
                                 device.shared_bytes));
     const int64_t tiles = tiles_of(kernel, chosen.warps, args);
-    FN_REQUIRE(tiles <= INT32_MAX / FN_MM_FMA_MOST_BLOCKS, FN_ERROR_VALUE,
-               "mm_dtype: an operand has too many rows for one launch");
+    assert(tiles <= MOST_WEIGHTS); /* a tile has at least 8 weights; there are at most 2 groups of tokens */
     args->cluster = chosen.cluster;
     args->token_rooms = rounds_of(args, chosen.cluster) > 1 ? 2 : 1;
     const fn_cuda_launch launch = launch_of(plan, kernel, args, tiles, chosen);

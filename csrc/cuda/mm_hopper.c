@@ -206,16 +206,14 @@ static fn_status run_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *k
 
 static fn_status run_prefill(const fn_mm_plan *plan, const fn_mm_prefill_kernel *kernel, fn_cuda_devices *allowed,
                              const fn_cuda_properties *device) {
-    const int a_box = fn_mm_box(kernel->a_box, plan->m);
     fn_mm_prefill_args args = {.to = result_of(plan),
                                .k_blocks = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K),
                                .units_n = (uint32_t)fn_divide_up(plan->n, kernel->unit_n),
                                .units_m = (uint32_t)fn_divide_up(plan->m, kernel->unit_m),
                                .group = (uint32_t)fn_divide_up(GROUP_ROWS, kernel->unit_m),
-                               .stage_bytes = (uint32_t)(FN_ATOM_BYTES * (a_box + kernel->unit_n)),
                                .early = plan->weights_are_constant};
     args.units = args.units_m * args.units_n;
-    FN_TRY(make_maps(plan, &args.a, a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
+    FN_TRY(make_maps(plan, &args.a, kernel->a_box, &args.b, kernel->b_box, args.to.by_engine ? &args.out : NULL,
                      FN_STAGING_ROWS, FN_ATOM_BYTES));
     FN_TRY(fn_cuda_allow_shared(allowed, plan->device_id, kernel->function, device->shared_bytes));
     return launch_units(plan, kernel->function, &args, args.units, kernel->cluster, FN_PREFILL_THREADS,

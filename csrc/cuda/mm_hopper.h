@@ -43,9 +43,8 @@ typedef struct {
     fn_mm_out to;
     uint32_t k_blocks; /* of FN_MM_TILE_K columns */
     uint32_t units, units_n, units_m;
-    uint32_t group;       /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
-    uint32_t stage_bytes; /* that come into a stage */
-    uint32_t early;       /* the weight may be read before the preceding kernel has finished */
+    uint32_t group; /* units of a's rows that are worked on side by side, so that what they share stays in L2 */
+    uint32_t early; /* the weight may be read before the preceding kernel has finished */
 } fn_mm_prefill_args;
 
 /* Of mm_decode.cuh. */
@@ -54,7 +53,7 @@ typedef struct {
     fn_mm_out to;
     uint32_t k_stages;       /* of the ring's stages that K takes */
     uint32_t stages;         /* in the ring */
-    uint32_t rows;           /* of the weight in a tile: a multiple of 8, up to 64 */
+    uint32_t rows;           /* of the weight in a tile: 8 for each block of a cluster, or a multiple, up to 64 */
     uint32_t units, units_m; /* what a cluster works on at a time; of these, along a's rows */
     uint32_t stage_bytes;    /* that come into a stage */
     uint32_t early;          /* the weight may be read before the preceding kernel has finished */

@@ -4,7 +4,7 @@
 #include "mm_hopper.h"
 
 /* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have; what is loaded
- * for a tile: `loaded` rows. The constants fit what was measured on an H200 (14 kernels, 95 shapes; times within 7 % in the mean): the
+ * for a tile: `loaded` rows. The constants fit what was measured on an H200 (15 kernels, 95 shapes; times within 7 % in the mean): the
  * chosen kernel takes 0.4 % more than the fastest in the mean, 5 to 10 % more at 3 of the shapes. */
 static double round_of(const fn_mm_split_kernel *kernel, int loaded, uint32_t part_tiles, uint32_t k_tiles,
                        uint32_t blocks, uint32_t usable) {

@@ -18,8 +18,9 @@ typedef struct {
     uint32_t at, next;
 } fn_staging;
 
-/* Where tile `number` of `size` rows, or columns, begins, of `all`; a multiple of STEP. None begins so late that the copy engine would
- * have to fill in what lies behind the last, which takes it longer than to load it: the last tiles may overlap, and write the same. */
+/* Where tile `number` of `size` rows, or columns, begins, of `all`; a multiple of STEP. None begins so late that the
+ * copy engine would have to fill in STEP or more behind the last, which takes it longer than to load them: the last tiles may
+ * overlap, and write the same. */
 template <uint32_t STEP> FN_DEVICE uint32_t fn_tile_begin(uint32_t number, uint32_t size, uint32_t all) {
     return min(number * size, (max(all, size) - size + STEP - 1) / STEP * STEP);
 }

@@ -48,7 +48,7 @@ template <typename S>
 FN_DEVICE void fn_mm_load_b(const fn_mm_prefill_args &args, uint32_t stage_at, uint32_t full, uint32_t block,
                             int column, uint32_t rank) {
     constexpr uint16_t all = (1u << S::CLUSTER) - 1;
-    fn_barrier_expect(full, args.stage_bytes);
+    fn_barrier_expect(full, S::STAGE_BYTES);
     fn_box_multicast(stage_at + S::A_BYTES + rank * S::B_BOX * FN_ATOM_BYTES, &args.b, (int)(block * FN_MM_TILE_K),
                      column + (int)rank * S::B_BOX, full, all);
 }
@@ -178,20 +178,20 @@ __global__ void __launch_bounds__(FN_PREFILL_THREADS, 1)
  * is shared out evenly. */
 using fn_prefill_128 = fn_mm_shape<2, 128, 5, 4, 2>;
 using fn_prefill_160 = fn_mm_shape<2, 160, 5, 2, 2>;
-using fn_few_64 = fn_mm_shape<1, 64, 12, 2, 2>;
-using fn_few_96 = fn_mm_shape<1, 96, 9, 2, 2>;
-using fn_few_128 = fn_mm_shape<1, 128, 8, 2, 2>;
-using fn_few_160 = fn_mm_shape<1, 160, 6, 2, 2>;
-using fn_few_192 = fn_mm_shape<1, 192, 6, 2, 2>;
-using fn_few_224 = fn_mm_shape<1, 224, 5, 2, 2>;
+using fn_prefill_64x64 = fn_mm_shape<1, 64, 12, 2, 2>;
+using fn_prefill_64x96 = fn_mm_shape<1, 96, 9, 2, 2>;
+using fn_prefill_64x128 = fn_mm_shape<1, 128, 8, 2, 2>;
+using fn_prefill_64x160 = fn_mm_shape<1, 160, 6, 2, 2>;
+using fn_prefill_64x192 = fn_mm_shape<1, 192, 6, 2, 2>;
+using fn_prefill_64x224 = fn_mm_shape<1, 224, 5, 2, 2>;
 
 #define FN_PREFILL(D, S)                                                                                               \
     (const void *)fn_mm_prefill<S, D>, S::UNIT_M, S::UNIT_N, S::A_BOX, S::B_BOX, S::SHARED, S::CLUSTER
 #define FN_MM_PREFILL(D)                                                                                               \
-    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_160)}, {FN_PREFILL(D, fn_few_64)},                      \
-        {FN_PREFILL(D, fn_few_96)}, {FN_PREFILL(D, fn_few_128)}, {FN_PREFILL(D, fn_few_160)},                          \
-        {FN_PREFILL(D, fn_few_192)}, {                                                                                 \
-        FN_PREFILL(D, fn_few_224)                                                                                      \
+    {FN_PREFILL(D, fn_prefill_128)}, {FN_PREFILL(D, fn_prefill_160)}, {FN_PREFILL(D, fn_prefill_64x64)},               \
+        {FN_PREFILL(D, fn_prefill_64x96)}, {FN_PREFILL(D, fn_prefill_64x128)}, {FN_PREFILL(D, fn_prefill_64x160)},     \
+        {FN_PREFILL(D, fn_prefill_64x192)}, {                                                                          \
+        FN_PREFILL(D, fn_prefill_64x224)                                                                               \
     }
 
 #endif

@@ -1,5 +1,6 @@
-/* mm_policy.c: which kernel a product of 16-bit operands takes, without a GPU: csrc/cuda/mm_tensor.c, mm_hopper.c and mm_chain.c over a
- * stand-in for csrc/cuda/runtime.c, that knows what fits on an H200 (or less), and tables of kernels that are their names.
+/* mm_policy.c: which kernel a product of 16-bit operands takes, without a GPU: csrc/cuda/mm_tensor.c, mm_hopper.c,
+ * mm_chain.c and mm_split.c over a stand-in for csrc/cuda/runtime.c, that knows what fits on an H200 (or less), and tables of
+ * kernels that are their names.
  */
 #include "check.h"
 #include "cuda/mm_hopper.h"
@@ -31,10 +32,31 @@ fn_status fn_cuda_properties_of(int32_t number, fn_cuda_properties *properties) 
     return FN_OK;
 }
 
+static int boxes[3], maps; /* rows of the tokens' box, the weights' and out's, of the launch to come */
+
+/* A barrier waits for the bytes that are announced: with others than those that come, for ever. */
+static void check_bytes(const fn_cuda_launch *launch) {
+    const char *const kernel = launch->kernel;
+    uint32_t announced, come;
+    if (strncmp(kernel, "decode", 6) == 0) {
+        const fn_mm_decode_args *const args = launch->args;
+        announced = args->stage_bytes;
+        come = FN_DECODE_BLOCKS * FN_ATOM_BYTES * (uint32_t)(boxes[0] + launch->cluster * boxes[1]);
+        if (args->stages < 2 || (launch->cluster > 1 && boxes[1] % 8)) CHECK_FAIL("%s: stages or boxes", kernel);
+    } else if (strncmp(kernel, "split", 5) == 0) {
+        const fn_mm_split_args *const args = launch->args;
+        announced = args->stage_bytes;
+        come = FN_ATOM_BYTES * (uint32_t)(boxes[0] + boxes[1]);
+    } else return;
+    if (announced != come) CHECK_FAIL("%s: %u bytes are announced, %u come", kernel, announced, come);
+}
+
 fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
     (void)function;
+    check_bytes(launch);
     last = *launch;
     launches++;
+    maps = 0;
     return FN_OK;
 }
 
@@ -68,6 +90,7 @@ fn_status fn_tensor_map(CUtensorMap *map, const fn_tensor_map_source *source, in
     if (box_rows < 1 || box_rows > 256 || (row_bytes != 128 && row_bytes != 64 && row_bytes != 32 && row_bytes != 16))
         CHECK_FAIL("a box of %d rows of %d bytes", box_rows, row_bytes);
     (void)map, (void)source;
+    boxes[maps++] = box_rows;
     return FN_OK;
 }
 
@@ -118,12 +141,12 @@ const fn_mm_hopper_kernels fn_mm_hopper_bf16 = {
      {"decode 96", 96, 2}},
     {{"prefill", PREFILL(128, 128)},
      {"prefill 160", PREFILL(128, 160)},
-     {"few 64", PREFILL(64, 64)},
-     {"few 96", PREFILL(64, 96)},
-     {"few 128", PREFILL(64, 128)},
-     {"few 160", PREFILL(64, 160)},
-     {"few 192", PREFILL(64, 192)},
-     {"few 224", PREFILL(64, 224)}},
+     {"prefill 64x64", PREFILL(64, 64)},
+     {"prefill 64x96", PREFILL(64, 96)},
+     {"prefill 64x128", PREFILL(64, 128)},
+     {"prefill 64x160", PREFILL(64, 160)},
+     {"prefill 64x192", PREFILL(64, 192)},
+     {"prefill 64x224", PREFILL(64, 224)}},
     {{SPLIT(64, 16, 8, 8, 2, 16)},
      {SPLIT(64, 32, 7, 8, 2, 16)},
      {SPLIT(48, 64, 6, 8, 2, 16)},
@@ -226,20 +249,20 @@ static const expectation measured[] = {
 /* Of few tokens, by the estimate: FEW_TOKENS of tests/cuda_cases.py; then shapes that were measured, where these were the fastest, or
  * took at most 2 % more. */
 static const expectation estimated[] = {
-    {70, 1001, 2104, "decode 48"},    {190, 2050, 2104, "decode 48"},    {161, 4001, 1104, "decode 96"},
-    {127, 4095, 1104, "few 64"},      {99, 6001, 840, "few 96"},         {101, 8003, 840, "few 128"},
-    {99, 10003, 600, "few 160"},      {350, 4099, 600, "few 192"},       {99, 14503, 600, "few 224"},
-    {231, 10003, 600, "prefill 160"}, {201, 8003, 400, "prefill"},       {96, 4096, 4096, "decode 48"},
-    {128, 4096, 4096, "few 64"},      {192, 4096, 4096, "decode 96"},    {256, 4096, 4096, "few 128"},
-    {384, 4096, 4096, "few 192"},     {512, 4096, 4096, "prefill"},      {96, 10240, 8192, "few 160"},
-    {128, 10240, 8192, "few 160"},    {192, 10240, 8192, "prefill 160"}, {256, 10240, 8192, "prefill 160"},
-    {384, 10240, 8192, "few 160"},    {512, 10240, 8192, "prefill 160"}, {96, 6144, 4096, "few 96"},
-    {128, 6144, 4096, "few 96"},      {192, 6144, 4096, "few 192"},      {256, 6144, 4096, "few 192"},
-    {384, 6144, 4096, "few 160"},     {512, 6144, 4096, "few 192"},      {96, 8192, 8192, "few 128"},
-    {128, 8192, 8192, "few 128"},     {192, 8192, 8192, "decode 96"},    {256, 8192, 8192, "prefill"},
-    {384, 8192, 8192, "few 192"},     {512, 8192, 8192, "prefill"},      {96, 28672, 8192, "few 224"},
-    {128, 28672, 8192, "few 224"},    {192, 28672, 8192, "decode 96"},   {256, 28672, 8192, "few 224"},
-    {384, 28672, 8192, "few 224"},    {512, 28672, 8192, "prefill"},
+    {70, 1001, 2104, "decode 48"},        {190, 2050, 2104, "decode 48"},      {161, 4001, 1104, "decode 96"},
+    {127, 4095, 1104, "prefill 64x64"},   {99, 6001, 840, "prefill 64x96"},    {101, 8003, 840, "prefill 64x128"},
+    {99, 10003, 600, "prefill 64x160"},   {350, 4099, 600, "prefill 64x192"},  {99, 14503, 600, "prefill 64x224"},
+    {231, 10003, 600, "prefill 160"},     {201, 8003, 400, "prefill"},         {96, 4096, 4096, "decode 48"},
+    {128, 4096, 4096, "prefill 64x64"},   {192, 4096, 4096, "decode 96"},      {256, 4096, 4096, "prefill 64x128"},
+    {384, 4096, 4096, "prefill 64x192"},  {512, 4096, 4096, "prefill"},        {96, 10240, 8192, "prefill 64x160"},
+    {128, 10240, 8192, "prefill 64x160"}, {192, 10240, 8192, "prefill 160"},   {256, 10240, 8192, "prefill 160"},
+    {384, 10240, 8192, "prefill 64x160"}, {512, 10240, 8192, "prefill 160"},   {96, 6144, 4096, "prefill 64x96"},
+    {128, 6144, 4096, "prefill 64x96"},   {192, 6144, 4096, "prefill 64x192"}, {256, 6144, 4096, "prefill 64x192"},
+    {384, 6144, 4096, "prefill 64x160"},  {512, 6144, 4096, "prefill 64x192"}, {96, 8192, 8192, "prefill 64x128"},
+    {128, 8192, 8192, "prefill 64x128"},  {192, 8192, 8192, "decode 96"},      {256, 8192, 8192, "prefill"},
+    {384, 8192, 8192, "prefill 64x192"},  {512, 8192, 8192, "prefill"},        {96, 28672, 8192, "prefill 64x224"},
+    {128, 28672, 8192, "prefill 64x224"}, {192, 28672, 8192, "decode 96"},     {256, 28672, 8192, "prefill 64x224"},
+    {384, 28672, 8192, "prefill 64x224"}, {512, 28672, 8192, "prefill"},
 };
 
 static int64_t ask_all(uint64_t *state, int64_t count) {
@@ -255,7 +278,7 @@ static int64_t ask_all(uint64_t *state, int64_t count) {
         const bool hopper = strncmp(kernel, "tile", 4) != 0 && strncmp(kernel, "gate", 4) != 0;
         if ((hopper && !device.exactly_90) || last.cluster > largest_cluster)
             CHECK_FAIL("%s, clusters of %d, on a device that has none", kernel, last.cluster);
-        const bool few = strncmp(kernel, "decode", 6) == 0 || strncmp(kernel, "few", 3) == 0;
+        const bool few = strncmp(kernel, "decode", 6) == 0 || strncmp(kernel, "prefill 64x", 11) == 0;
         if ((few && m > 512) || (strcmp(kernel, "decode") == 0 && m > 64))
             CHECK_FAIL("%s of %lld rows", kernel, (long long)m);
     }
