@@ -67,7 +67,8 @@ FN_DEVICE void fn_box_multicast_hint(uint32_t to, const CUtensorMap *map, int co
                  : "memory");
 }
 
-/* Shared memory to the map's box; what lies outside of the matrix is not written. */
+/* Shared memory to the map's box, which begins at a multiple of 16 bytes (elsewhere: an illegal instruction); what lies outside of the
+ * matrix is not written, if its rows are multiples of 16 bytes (else up to 16 bytes are). */
 FN_DEVICE void fn_box_store(const CUtensorMap *map, int column, int row, uint32_t from) {
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
                  "r"(column), "r"(row), "r"(from)

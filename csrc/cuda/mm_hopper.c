@@ -132,7 +132,9 @@ static void keep(question q, int answer) {
 static const char name[] = "CUDA product kernel";
 
 static fn_mm_out result_of(const fn_mm_plan *plan) {
+    enum { ENGINE_BYTES = 16 }; /* that it writes at once, also where a row ends among them */
     const fn_tensor_map_source out = out_of(plan);
+    const bool whole = plan->n * fn_dtypes[plan->out.dtype].bytes % ENGINE_BYTES == 0;
     return (fn_mm_out){.data = plan->out.data,
                        .stride = plan->out.stride[0],
                        .bias = plan->bias.data,
@@ -141,7 +143,7 @@ static fn_mm_out result_of(const fn_mm_plan *plan) {
                        .bias_dtype = plan->bias.dtype,
                        .rows = (uint32_t)plan->m,
                        .columns = (uint32_t)plan->n,
-                       .by_engine = fn_tensor_map_serves(&out)};
+                       .by_engine = whole && fn_tensor_map_serves(&out)};
 }
 
 /* Blocks stay until all units are done: no more clusters than fit at once. */

@@ -34,7 +34,8 @@ typedef struct {
     int64_t bias_stride;
     fn_dtype dtype, bias_dtype;
     uint32_t rows, columns;
-    uint32_t by_engine; /* address and stride are such that the copy engine can write it */
+    uint32_t
+        by_engine; /* address, stride and length of a row are such that the copy engine can write it, and no more */
 } fn_mm_out;
 
 /* Of mm_wgmma.cuh. A unit is what a cluster works on at a time: as many tiles as it has blocks. */
