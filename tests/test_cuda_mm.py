@@ -228,9 +228,10 @@ def test_the_rule(k: int, dtype: str) -> None:
 
 
 @each_dtype
-@pytest.mark.parametrize(("m", "n", "k"), [*((m, 4001, 2104) for m in (1, 7, 33, 64)), *FEW_TOKENS])
-def test_few_tokens(m: int, n: int, k: int, dtype: str) -> None:
-    """Each kernel's rows are those that they are alone; with every way out of the sums, early weights or none."""
+@pytest.mark.parametrize(("m", "n", "k"), [*((m, 4001, 2104) for m in (1, 7, 33, 64)), *FEW_TOKENS, (1300, 1003, 520)])
+def test_rows_and_what_is_beside_them(m: int, n: int, k: int, dtype: str) -> None:
+    """Each kernel's rows are those that they are alone, with early weights or none, by every way out of the sums, which
+    write nothing else."""
     own, compared = 24, Comparison()
     few, b = make(own, k, dtype=dtype, key="few"), make(n, k, dtype=dtype, key="weight").T
     bias = make(n, dtype="float32", key="bias")
