@@ -34,6 +34,7 @@ from . import (
     cuda_price,
     cuda_product_peers,
     cuda_products,
+    cuda_tiles,
     cuda_time,
     instructions,
     machine,
@@ -49,7 +50,7 @@ AnyPeer = TypeVar("AnyPeer", Peer, cuda_peers.CudaPeer)
 Runs = dict[str, Callable[[Progress], Report]]
 BENCHMARKS = {
     "cpu": ("bandwidth", "call", "instructions", "products"),
-    "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_products", "cuda_price"),
+    "cuda": ("cuda_call", "cuda_time", "cuda_between", "cuda_products", "cuda_price", "cuda_tiles"),
 }
 NAMES = (*BENCHMARKS["cpu"], *BENCHMARKS["cuda"])
 SECONDS_PARTS = {"cuda_time": 7, "cuda_between": 3, "cuda_products": 3}  # of those that run
@@ -204,6 +205,7 @@ def on_cuda(options: argparse.Namespace) -> Runs:
             multiply, quick, share["cuda_products"], gpu, head, progress
         ),
         "cuda_price": lambda progress: cuda_price.run(quick, gpu, head, progress),
+        "cuda_tiles": lambda progress: cuda_tiles.run(quick, gpu, head, progress),
     }
 
 
