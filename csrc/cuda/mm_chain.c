@@ -1,7 +1,7 @@
 /* mm_chain.c: products of one chain of K on compute capability 9.0: which kernel, and which tile. Moves speed alone.
  *
- * Up to 64 tokens a block has them all, and reads the weight as fast as memory delivers it. Above FEW_TOKENS there is one kernel. In
- * between it counts what the busiest multiprocessor has to do, and an estimate chooses.
+ * Up to 64 tokens a block has them all, and reads the weight as fast as memory delivers it. Above FEW_TOKENS there is
+ * one kernel. In between it counts what the busiest multiprocessor has to do, and an estimate chooses.
  */
 #include "mm_hopper.h"
 
@@ -14,7 +14,8 @@ enum {
     DECODE_ROW_STEP = 8,
 };
 
-/* How a kernel shares out a product: what a cluster works on at a time, a tile for each of its blocks; how often the busiest does. */
+/* How a kernel shares out a product: what a cluster works on at a time, a tile for each of its blocks; how often the
+ * busiest does. */
 typedef struct {
     uint32_t tokens, weights, unit_tokens, units_m, turns;
 } shares;
@@ -28,8 +29,8 @@ static shares share_out(const fn_mm_plan *plan, int tokens, int weights, int clu
     return s;
 }
 
-/* Without clusters decode is as fast as the memory, or nearly: the fewest rows of the weights for the busiest multiprocessor; else
- * the least that comes into it; the largest tile of these. */
+/* Without clusters decode is as fast as the memory, or nearly: the fewest rows of the weights for the busiest
+ * multiprocessor; else the least that comes into it; the largest tile of these. */
 static shares share_out_decode(const fn_mm_plan *plan, const fn_mm_decode_kernel *kernel, int multiprocessors) {
     const int cluster = kernel->cluster;
     shares best = {0};
@@ -46,9 +47,9 @@ int fn_mm_decode_rows(const fn_mm_decode_kernel *kernel, const fn_mm_plan *plan,
     return (int)share_out_decode(plan, kernel, multiprocessors).weights;
 }
 
-/* Nanoseconds, nearly, that the busiest multiprocessor takes for each column of K; memory and L2 set a limit that is the same for all
- * kernels, so they decide nothing. The constants fit what was measured on an H200, 80 to 512 tokens, 4096 x 4096 to 28672 x 8192:
- * at each of 45 shapes the chosen kernel takes at most 2 % more than the fastest. */
+/* Nanoseconds, nearly, that the busiest multiprocessor takes for each column of K; memory and L2 set a limit that is
+ * the same for all kernels, so they decide nothing. The constants fit what was measured on an H200, 80 to 512 tokens,
+ * 4096 x 4096 to 28672 x 8192: at each of 45 shapes the chosen kernel takes at most 2 % more than the fastest. */
 static double time_of(const fn_mm_plan *plan, const shares *s) {
     const double arrive = 103;    /* bytes of operands that come into a multiprocessor in a nanosecond */
     const double products = 2500; /* of a weight with a token, in a nanosecond */

@@ -1,18 +1,19 @@
 /* mm_few.cuh: products of up to four tokens with few weights, all chunks of k side by side in one block.
  *
  * What takes time here is how long the first bytes need and how many steps follow one another. A step of the tensor
- * core multiplies 16 rows by 8 columns, and there are few tokens: so the columns are a token's chunks of one number, one of
- * each of the 8 parts, and the rows are the same chunks of one weight and, below them, of another. The sums of row i
- * and column i, and of row 8 + i and column i, are part i's; the others are dropped. A warp has the chunks of one
+ * core multiplies 16 rows by 8 columns, and there are few tokens: so the columns are a token's chunks of one number,
+ * one of each of the 8 parts, and the rows are the same chunks of one weight and, below them, of another. The sums of
+ * row i and column i, and of row 8 + i and column i, are part i's; the others are dropped. A warp has the chunks of one
  * number.
  *
- * The operands come in lines of 128 bytes, whose four sectors are the operands of four steps, and a quarter of the chunks is
- * multiplied as soon as it is there. Where a k stands within a step is for the lanes to choose, alike for weights and tokens:
- * compute capability 9.0 adds a step's 16 products at once (older ones in two halves: this kernel is not for them). What a chunk
- * lacks of its length is steps of zeros. Where there is no chunk the sum is -0, to which everything may be added and is left as it
- * was.
- * What follows the last step is short, and asks for nothing that could be had before: there is nothing else to wait for, and on
- * an H200 instructions and arguments that come for the first time cost more than what is done with them.
+ * The operands come in lines of 128 bytes, whose four sectors are the operands of four steps, and a quarter of the
+ * chunks is multiplied as soon as it is there. Where a k stands within a step is for the lanes to choose, alike for
+ * weights and tokens: compute capability 9.0 adds a step's 16 products at once (older ones in two halves: this kernel
+ * is not for them). What a chunk lacks of its length is steps of zeros. Where there is no chunk the sum is -0, to which
+ * everything may be added and is left as it was.
+ *
+ * What follows the last step is short, and asks for nothing that could be had before: there is nothing else to wait
+ * for, and on an H200 instructions and arguments that come for the first time cost more than what is done with them.
  *
  * Moves: the weights once, the tokens once for every two or four weights, out once.
  */
@@ -28,15 +29,15 @@ enum {
     FN_FEW_ROW = FN_FEW_QUARTERS * FN_FEW_QUARTER, /* of a warp */
 };
 
-/* Bytes of shared memory: what all warps leave, chunk by chunk, of each token by token, weight by weight, part by part; and a
- * warp's operands, the weights' rows, then the tokens'. */
+/* Bytes of shared memory: what all warps leave, chunk by chunk, of each token by token, weight by weight, part by part;
+ * and a warp's operands, the weights' rows, then the tokens'. */
 template <int WEIGHTS, int TOKENS> struct fn_few_bytes {
     static constexpr int sums = TOKENS * WEIGHTS * FN_MM_GATE_PARTS * 4, kept = FN_MM_FEW_MOST_WARPS * sums;
     static constexpr int operands = (WEIGHTS + TOKENS) * FN_FEW_ROW;
 };
 
-/* What a lane brings: of each line of two parts, 4 apart, the same unit. The sectors of a line are exchanged by its part, so that
- * those which a step needs of 4 parts lie in different banks. */
+/* What a lane brings: of each line of two parts, 4 apart, the same unit. The sectors of a line are exchanged by its
+ * part, so that those which a step needs of 4 parts lie in different banks. */
 template <int WEIGHTS, int TOKENS> struct fn_few_copies {
     const char *weights[WEIGHTS], *tokens[TOKENS];
     int64_t further; /* bytes from one part to the other */
@@ -98,8 +99,8 @@ FN_DEVICE void add_quarters(float sums[WEIGHTS / 2][TOKENS][4], uint32_t at, int
     }
 }
 
-/* The total of an output, to whose parts 8 lanes belong, in each of them: from `sums` on lie this lane's chunks, `pitch` bytes
- * apart, -0 where there is none. */
+/* The total of an output, to whose parts 8 lanes belong, in each of them: from `sums` on lie this lane's chunks,
+ * `pitch` bytes apart, -0 where there is none. */
 FN_DEVICE float fold_chunks(uint32_t sums, int pitch) {
     const int half = threadIdx.x % 32 / (FN_MM_GATE_PARTS / 2) * (FN_MM_GATE_PARTS / 2);
     float chunk[FN_MM_FEW_MOST_WARPS], part[FN_MM_GATE_PARTS / 2];

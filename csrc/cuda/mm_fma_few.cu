@@ -2,9 +2,9 @@
  *
  * What takes time here is reading the weights, so they are on their way from the first moment to the last. A warp has
  * 8 weights, or 8 OWN, and copies their rows into a ring of its own, STAGES stages of 256 k ahead: no other warp is
- * waited for. Of a weight's 16 lanes of k a thread has 4 neighbours: those of its quarter, for OWN weights and all tokens of
- * the block; so it reads units of 16 bytes, and there are 4 TOKENS OWN sums that do not wait for each other. At a chunk's
- * end the quarters fold their lanes, and each keeps the sums of a quarter of the outputs.
+ * waited for. Of a weight's 16 lanes of k a thread has 4 neighbours: those of its quarter, for OWN weights and all
+ * tokens of the block; so it reads units of 16 bytes, and there are 4 TOKENS OWN sums that do not wait for each other.
+ * At a chunk's end the quarters fold their lanes, and each keeps the sums of a quarter of the outputs.
  *
  * Tokens are the block's: a chunk of them at a time, widened to fp32, the next one on its way behind the weights.
  *
@@ -89,8 +89,8 @@ template <int ROWS, int STAGES> struct fn_few_weights {
 
 /* ---- tokens ------------------------------------------------------------------------------------------------------ */
 
-/* A chunk of the block's tokens, from k on: fp32 to where it is used; a unit of 16 bits to the second half of the place that it
- * takes when it is widened, by the thread that copied it. What there is not becomes +0. */
+/* A chunk of the block's tokens, from k on: fp32 to where it is used; a unit of 16 bits to the second half of the place
+ * that it takes when it is widened, by the thread that copied it. What there is not becomes +0. */
 template <int TOKENS> struct fn_few_tokens {
     const char *from; /* of the block's first token */
     int64_t stride, k_end;
@@ -162,7 +162,8 @@ template <int TOKENS, int OWN, int STAGES> struct fn_fma_few {
     static_assert(STAGES <= FN_FEW_CHUNK_STAGES, "a chunk's tokens come in the groups of the chunk before it");
     static_assert(SUMS <= TOKENS && TOKENS % SUMS == 0, "a thread's sums are of one weight");
 
-    /* One thread's operands: of its first weight in a stage, steps of an even number and of an odd one; of the first token. */
+    /* One thread's operands: of its first weight in a stage, steps of an even number and of an odd one; of the first
+     * token. */
     struct reader {
         const char *even, *odd, *tokens;
 

@@ -1,13 +1,13 @@
-/* mm_split_out.cuh: the shape of a kernel of mm_split.cuh, and its sums' way out: by the copy engine, in boxes that are put together in
- * shared memory, or by the threads, in pairs where out allows it.
+/* mm_split_out.cuh: the shape of a kernel of mm_split.cuh, and its sums' way out: by the copy engine, in boxes that are
+ * put together in shared memory, or by the threads, in pairs where out allows it.
  */
 #ifndef FUSEDNORM_MM_SPLIT_OUT_CUH
 #define FUSEDNORM_MM_SPLIT_OUT_CUH
 
 #include "mm_parts.cuh"
 
-/* BLOCKS of a cluster share the parts of k; RESIDENT blocks have room on a multiprocessor. A block that has all parts has sums
- * waiting only when half of k is done: until then their place belongs to the ring, which has FIRST_STAGES. */
+/* BLOCKS of a cluster share the parts of k; RESIDENT blocks have room on a multiprocessor. A block that has all parts
+ * has sums waiting only when half of k is done: until then their place belongs to the ring, which has FIRST_STAGES. */
 template <int GROUPS_, int COLUMNS_, int STAGES_, int BLOCKS_, int RESIDENT_, bool TOKENS_FIRST_ = false,
           int FIRST_STAGES_ = STAGES_>
 struct fn_split_shape {
@@ -36,8 +36,8 @@ struct fn_split_shape {
                       CONSUMERS * REGISTERS + FN_WARPGROUP * PRODUCER_REGISTERS <= THREADS * (65536 / THREADS / 8 * 8),
                   ""); /* what the launch gives */
     static_assert(FN_MM_GATE_PARTS == 8 && PARTS * BLOCKS == FN_MM_GATE_PARTS, "");
-    /* The copy engine writes boxes of out: of a warp's 16 tokens, or of a warpgroup's 64 weights. Where an owner has few sums it is
-     * sooner done without the engine. */
+    /* The copy engine writes boxes of out: of a warp's 16 tokens, or of a warpgroup's 64 weights. Where an owner has
+     * few sums it is sooner done without the engine. */
     static constexpr bool BY_ENGINE = BLOCKS < 8;
     static constexpr int OUT_TOKENS = TOKENS_FIRST ? 16 : 8 * OWN;
     static constexpr int OUT_WEIGHTS = !TOKENS_FIRST || OWN % 4 == 0 ? 32 : OWN % 2 == 0 ? 16 : 8;
@@ -81,8 +81,9 @@ FN_DEVICE void fn_store_pair(const fn_mm_out &to, bool in_pairs, uint32_t token,
     }
 }
 
-/* A unit: rows `row` and `row` + 8, columns `column` and `column` + 1. Where the rows are weights, lanes l and l ^ 4 have weights
- * w and w + 1 of tokens t and t + 1: they swap, so that one has both weights of t and the other both of t + 1. */
+/* A unit: rows `row` and `row` + 8, columns `column` and `column` + 1. Where the rows are weights, lanes l and l ^ 4
+ * have weights w and w + 1 of tokens t and t + 1: they swap, so that one has both weights of t and the other both of t
+ * + 1. */
 template <typename S>
 FN_DEVICE void fn_store_unit(const fn_mm_out &to, bool in_pairs, uint32_t row, uint32_t column, const float v[4]) {
     if constexpr (S::TOKENS_FIRST) {
@@ -147,8 +148,8 @@ FN_DEVICE void fn_split_stage(const fn_mm_out &to, uint32_t boxes, const float s
     }
 }
 
-/* Writes the first `units` of the sums that this thread owns; (token, weight) is the first of its warp's, or of its warpgroup's. To
- * the engine they go through the place where what they were added up from has been. */
+/* Writes the first `units` of the sums that this thread owns; (token, weight) is the first of its warp's, or of its
+ * warpgroup's. To the engine they go through the place where what they were added up from has been. */
 template <typename S>
 FN_DEVICE void fn_split_write(const fn_mm_split_args &args, const fn_split_memory &at, const float sums[4 * S::OWN],
                               int units, uint32_t token, uint32_t weight) {
