@@ -14,19 +14,15 @@ enum {
     DECODE_ROW_STEP = 8,
 };
 
-/* How a kernel shares out a product: what a cluster works on at a time, a tile for each of its blocks; how often the
- * busiest does. */
+/* How a kernel shares out a product: the tile of a block, and how often the busiest cluster has one for each of its
+ * blocks, with the same weights. */
 typedef struct {
-    uint32_t tokens, weights, unit_tokens, units_m, turns;
+    uint32_t tokens, weights, turns;
 } shares;
 
-static uint32_t up(uint32_t value, uint32_t divisor) { return (value + divisor - 1) / divisor; }
-
 static shares share_out(const fn_mm_plan *plan, int tokens, int weights, int cluster, int multiprocessors) {
-    shares s = {.tokens = (uint32_t)tokens, .weights = (uint32_t)weights, .unit_tokens = (uint32_t)(tokens * cluster)};
-    s.units_m = up((uint32_t)plan->m, s.unit_tokens);
-    s.turns = up(s.units_m * up((uint32_t)plan->n, s.weights), (uint32_t)(multiprocessors / cluster));
-    return s;
+    const int64_t units = fn_divide_up(plan->m, tokens * cluster) * fn_divide_up(plan->n, weights);
+    return (shares){(uint32_t)tokens, (uint32_t)weights, (uint32_t)fn_divide_up(units, multiprocessors / cluster)};
 }
 
 /* Without clusters decode is as fast as the memory, or nearly: the fewest rows of the weights for the busiest

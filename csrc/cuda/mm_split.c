@@ -33,9 +33,8 @@ double fn_mm_split_time(const fn_mm_split_kernel *kernel, const fn_mm_plan *plan
                         uint32_t clusters_at_once) {
     const uint32_t rows = plan->m < INT32_MAX ? (uint32_t)plan->m : INT32_MAX, part = (uint32_t)cut->part_tiles;
     const uint32_t k_tiles = (uint32_t)fn_divide_up(plan->k, FN_MM_TILE_K);
-    const uint32_t tokens = (uint32_t)kernel->tokens, weights = (uint32_t)kernel->weights;
     const int loaded = fn_mm_box(kernel->tokens, plan->m) + fn_mm_box(kernel->weights, plan->n);
-    const uint32_t clusters = (rows + tokens - 1) / tokens * (((uint32_t)plan->n + weights - 1) / weights);
+    const uint32_t clusters = (uint32_t)(fn_divide_up(rows, kernel->tokens) * fn_divide_up(plan->n, kernel->weights));
     const uint32_t size = (uint32_t)kernel->cluster, usable = clusters_at_once * size / (uint32_t)kernel->resident;
     const uint32_t rounds = clusters / clusters_at_once, rest = clusters % clusters_at_once;
     return (rounds ? rounds * round_of(kernel, loaded, part, k_tiles, clusters_at_once * size, usable) : 0) +

@@ -33,6 +33,7 @@ fn_status fn_cuda_properties_of(int32_t number, fn_cuda_properties *properties) 
 }
 
 static int64_t asked_columns;
+static fn_dtype asked_out = FN_FLOAT32;
 static int boxes[3], maps; /* rows of the tokens' box, the weights' and out's, of the launch to come */
 
 /* A barrier waits for the bytes that are announced: with others than those that come, for ever. */
@@ -56,7 +57,7 @@ fn_status fn_cuda_run(const char *function, const fn_cuda_launch *launch) {
     (void)function;
     check_bytes(launch);
     /* Where a row of out ends within 16 bytes the copy engine would write them all. */
-    if (maps == 3 && asked_columns % 4 != 0)
+    if (maps == 3 && asked_columns * fn_dtypes[asked_out].bytes % 16 != 0)
         CHECK_FAIL("%s: %lld columns are the copy engine's", (const char *)launch->kernel, (long long)asked_columns);
     last = *launch;
     launches++;
@@ -177,10 +178,11 @@ const fn_mm_hopper_kernels fn_mm_hopper_f16;
 /* The last launch's kernel; `gap`: elements between rows, for layouts that the copy engine cannot read. */
 static const char *ask_of(int32_t number, int64_t m, int64_t n, int64_t k, int gap) {
     static char memory[64] __attribute__((aligned(64)));
-    const int64_t row = (k + 7) / 8 * 16 + 2 * gap, out_row = (n + 3) / 4 * 16;
+    const int out_bytes = fn_dtypes[asked_out].bytes;
+    const int64_t row = (k + 7) / 8 * 16 + 2 * gap, out_row = (n * out_bytes + 15) / 16 * 16;
     const fn_mm_plan plan = {.a = {memory, {row, 2}, FN_BFLOAT16},
                              .b = {memory, {2, row}, FN_BFLOAT16},
-                             .out = {memory, {out_row, 4}, FN_FLOAT32},
+                             .out = {memory, {out_row, out_bytes}, asked_out},
                              .m = m,
                              .n = n,
                              .k = k,
@@ -276,6 +278,7 @@ static int64_t ask_all(uint64_t *state, int64_t count) {
                       n = 1 + random_below(state, 1 << random_below(state, 16));
         const int64_t k = 1 + random_below(state, 1 << random_below(state, 15));
         const int gap = (int)random_below(state, 8);
+        asked_out = random_below(state, 2) ? FN_FLOAT32 : FN_BFLOAT16;
         const char *const kernel = ask(m, n, k, gap);
         if (kernel != ask_of(FN_CUDA_MOST_DEVICES, m, n, k, gap)) /* whose answers are not kept */
             CHECK_FAIL("%lld x %lld x %lld: %s is kept, but is not the answer", (long long)m, (long long)n,
@@ -287,6 +290,7 @@ static int64_t ask_all(uint64_t *state, int64_t count) {
         if ((few && m > 512) || (strcmp(kernel, "decode") == 0 && m > 64))
             CHECK_FAIL("%s of %lld rows", kernel, (long long)m);
     }
+    asked_out = FN_FLOAT32;
     return count;
 }
 
