@@ -20,11 +20,13 @@ const fn_dtype_info fn_dtypes[FN_DTYPE_COUNT] = {FN_FOR_EACH_DTYPE(FN_DTYPE_ROW)
 /* ---- CPU paths ------------------------------------------------------------------------------------------------------ */
 
 static const char *const path_names[] = {
-    [FN_PATH_SCALAR] = "scalar", [FN_PATH_AVX2] = "avx2", [FN_PATH_AVX512] = "avx512", [FN_PATH_NEON] = "neon"};
+    [FN_PATH_SCALAR] = "scalar",           [FN_PATH_AVX2] = "avx2", [FN_PATH_AVX512] = "avx512",
+    [FN_PATH_AVX512_BF16] = "avx512_bf16", [FN_PATH_NEON] = "neon",
+};
 _Static_assert(sizeof path_names / sizeof path_names[0] == FN_PATH_COUNT, "every path has a name");
 
 /* Best first. */
-static const fn_path preference[] = {FN_PATH_AVX512, FN_PATH_AVX2, FN_PATH_NEON, FN_PATH_SCALAR};
+static const fn_path preference[] = {FN_PATH_AVX512_BF16, FN_PATH_AVX512, FN_PATH_AVX2, FN_PATH_NEON, FN_PATH_SCALAR};
 _Static_assert(sizeof preference / sizeof preference[0] == FN_PATH_COUNT, "every path has a rank");
 
 const char *fn_path_name(fn_path path) { return path_names[path]; }

@@ -78,7 +78,7 @@ fn_status fn_mm(const fn_mm_args *args);
 
 /* Paths: what executes an operation. The CPU ones give the same bits; the best that the processor and the operating
  * system support is chosen at first use, or the one that the environment variable FUSEDNORM_CPU names. */
-typedef enum { FN_PATH_SCALAR, FN_PATH_AVX2, FN_PATH_AVX512, FN_PATH_NEON, FN_PATH_COUNT } fn_path;
+typedef enum { FN_PATH_SCALAR, FN_PATH_AVX2, FN_PATH_AVX512, FN_PATH_AVX512_BF16, FN_PATH_NEON, FN_PATH_COUNT } fn_path;
 
 const char *fn_path_name(fn_path path);
 bool fn_path_is_built(fn_path path);

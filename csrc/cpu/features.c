@@ -16,7 +16,7 @@ static uint64_t xcr0(void) {
 }
 
 bool fn_cpu_supports(fn_path path) {
-    unsigned a, b, c, d, b7 = 0, ignored;
+    unsigned a, b, c, d, a71 = 0, b7 = 0, ignored;
     if (path == FN_PATH_SCALAR) return true;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
     if (!(c & bit_OSXSAVE) || !(c & bit_AVX)) return false;
@@ -25,7 +25,10 @@ bool fn_cpu_supports(fn_path path) {
     const unsigned avx512 = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
     /* FMA is a feature of its own, though every processor with AVX2 that was sold widely has it; AVX512F includes it. */
     if (path == FN_PATH_AVX2) return (enabled & ymm) == ymm && (b7 & bit_AVX2) && (c & bit_F16C) && (c & bit_FMA);
-    if (path == FN_PATH_AVX512) return (enabled & zmm) == zmm && (b7 & avx512) == avx512;
+    const bool has_avx512 = (enabled & zmm) == zmm && (b7 & avx512) == avx512;
+    if (path == FN_PATH_AVX512) return has_avx512;
+    if (path == FN_PATH_AVX512_BF16)
+        return has_avx512 && __get_cpuid_count(7, 1, &a71, &ignored, &ignored, &ignored) && (a71 & bit_AVX512BF16);
     return false;
 }
 #else

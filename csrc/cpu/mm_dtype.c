@@ -29,7 +29,7 @@ enum {
     BLOCK_COLUMNS = 64,                 /* columns of b that are packed together: 256 KiB of a chunk */
     STRIP_COLUMNS = 1024,               /* columns whose sums are kept, with GROUP_ROWS: 1 MiB */
     FEW_ROWS = 32,                      /* up to so many rows of a, b is read where it lies if it can be */
-    LINES_AHEAD = 12,                   /* of the cache, fetched for each tile */
+    FEW_ROWS_OF_PAIRS = 7,              /* up to so many rows, operands of bfloat16 go the way of all others */
     STACK_FLOATS = 4096,                /* of scratch, for small calls on one thread */
     GATHERED_STRIDE = FN_MM_CHUNK + 16, /* floats; rows 4 KiB apart would share the same few places of a cache */
 };
@@ -40,8 +40,16 @@ static const fn_mm_kernels *const paths[FN_PATH_COUNT] = {
 #if defined(FN_X86)
     [FN_PATH_AVX2] = &fn_mm_avx2,
     [FN_PATH_AVX512] = &fn_mm_avx512,
+    [FN_PATH_AVX512_BF16] = &fn_mm_avx512,
 #elif defined(FN_ARM64)
     [FN_PATH_NEON] = &fn_mm_neon,
+#endif
+};
+
+/* For two operands of bfloat16. */
+static const fn_mm_pairs *const pair_paths[FN_PATH_COUNT] = {
+#if defined(FN_X86)
+    [FN_PATH_AVX512_BF16] = &fn_mm_avx512_bf16,
 #endif
 };
 
@@ -55,11 +63,13 @@ typedef struct {
 
 typedef struct {
     const fn_mm_kernels *kernels;
+    const fn_mm_pairs *pairs;            /* or NULL: panels hold fp32 */
     const fn_norm_kernels *norm_kernels; /* for their stores */
     const fn_mm_plan *plan;
     operand a, b;
     bool direct;                                      /* tiles read b where it lies */
     bool whole;                                       /* all chunks of a are packed before the first tile */
+    bool by_panels;                                   /* each panel of b is packed just before its tiles run */
     int64_t sums_stride, run_columns;                 /* run_columns: they go through all chunks together */
     int64_t sums_size, a_size, b_size, gathered_size; /* of one thread's scratch, in floats */
 } product;
@@ -85,6 +95,11 @@ static void gather(const fn_mm_kernels *kernels, const operand *from, int64_t ro
                 fn_load_element(data + i * from->row_stride + j * from->k_stride, from->dtype);
 }
 
+/* Floats that a row of a panel takes. */
+static int64_t panel_row(const product *p, int64_t count) {
+    return p->pairs ? round_up(count, 2 * FN_MM_LANES) / 2 : round_up(count, FN_MM_LANES);
+}
+
 /* Where a panel that starts at row `begin` of a block ends. a's: as even as can be. */
 static int64_t a_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin) {
     const int64_t left = rows - begin, panels = (left + kernels->tile_rows - 1) / kernels->tile_rows;
@@ -96,9 +111,10 @@ static int64_t b_panel_end(const fn_mm_kernels *kernels, int64_t columns, int64_
 }
 typedef int64_t panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin);
 
-/* Elements [k, k + count) of rows [row, row + rows) to panels. */
+/* Elements [k, k + count) of rows [row, row + rows) to panels. `least`: of pairs, each panel's least exponent, at the
+ * panel's first row. */
 static void pack(const product *p, const operand *from, int64_t row, int64_t rows, int64_t k, int64_t count,
-                 panel_end *end_of, float *to, float *gathered) {
+                 panel_end *end_of, float *to, int *least, float *gathered) {
     const char *data = from->data + row * from->row_stride + k * from->k_stride;
     int64_t stride = from->row_stride;
     fn_dtype dtype = from->dtype;
@@ -110,8 +126,10 @@ static void pack(const product *p, const operand *from, int64_t row, int64_t row
     }
     for (int64_t begin = 0, end; begin < rows; begin = end) {
         end = end_of(p->kernels, rows, begin);
-        p->kernels->pack(data + begin * stride, stride, dtype, end - begin, count,
-                         to + begin * round_up(count, FN_MM_LANES));
+        const char *panel_data = data + begin * stride;
+        float *panel = to + begin * panel_row(p, count);
+        if (p->pairs) least[begin] = p->pairs->pack(panel_data, stride, dtype, end - begin, count, panel);
+        else p->kernels->pack(panel_data, stride, dtype, end - begin, count, panel);
     }
 }
 
@@ -129,10 +147,18 @@ static ahead ahead_of(const operand *from, int64_t row, int64_t rows, int64_t k,
                    .bytes = count * fn_dtypes[from->dtype].bytes};
 }
 
-static void fetch(ahead *next, int lines) {
-    for (; lines > 0 && next->rows > 0; lines--) {
-        __builtin_prefetch(next->row + next->at, 0, 2);
-        next->at += 64;
+/* A tile's share of them, of the cache's. */
+static int64_t lines_of(const ahead *next, int64_t tiles) {
+    return ((next->bytes + 63) / 64 * next->rows + tiles - 1) / tiles;
+}
+
+static void fetch(ahead *next, int64_t lines) {
+    while (lines > 0 && next->rows > 0) {
+        const char *from = next->row + next->at;
+        const int64_t of_row = at_most((next->bytes - next->at + 63) / 64, lines);
+        for (int64_t line = 0; line < of_row; line++) __builtin_prefetch(from + 64 * line, 0, 2);
+        lines -= of_row;
+        next->at += 64 * of_row;
         if (next->at < next->bytes) continue;
         next->row += next->stride;
         next->rows--;
@@ -142,17 +168,23 @@ static void fetch(ahead *next, int lines) {
 
 /* ---- blocks --------------------------------------------------------------------------------------------------------- */
 
-/* `b`: rows of b's dtype, or panels, b_stride bytes a row. */
-static void run_tiles(const product *p, const float *a, int64_t rows, const char *b, int64_t b_stride, int64_t columns,
-                      int64_t count, float *sums, bool first, ahead *next) {
+/* `b`: rows of b's dtype, or panels, b_stride bytes a row. a_least, b_least: see pack(). */
+static void run_tiles(const product *p, const float *a, const int *a_least, int64_t rows, const char *b,
+                      const int *b_least, int64_t b_stride, int64_t columns, int64_t count, float *sums, bool first,
+                      ahead *next) {
     const fn_mm_kernels *kernels = p->kernels;
     fn_mm_tile *const *tiles = kernels->tile[p->direct ? (int)p->b.dtype : FN_MM_PACKED];
-    const int64_t row_size = round_up(count, FN_MM_LANES);
+    const int64_t row_size = panel_row(p, count);
+    const int64_t a_panels = (rows + kernels->tile_rows - 1) / kernels->tile_rows;
+    const int64_t b_panels = columns / kernels->tile_columns + columns % kernels->tile_columns;
+    const int64_t lines = lines_of(next, a_panels * b_panels);
     for (int64_t j = 0, j_end; j < columns; j = j_end) {
         j_end = b_panel_end(kernels, columns, j);
         for (int64_t i = 0, i_end; i < rows; i = i_end) {
             i_end = a_panel_end(kernels, rows, i);
-            fetch(next, LINES_AHEAD);
+            fetch(next, lines);
+            if (p->pairs)
+                tiles = a_least[i] + b_least[j] < FN_MM_LEAST_EXPONENTS ? p->pairs->exact_tile : p->pairs->tile;
             tiles[2 * (i_end - i - 1) + (j_end - j > 1)](a + i * row_size, b + j * b_stride, b_stride, count,
                                                          sums + i * p->sums_stride + j, p->sums_stride, first);
         }
@@ -180,45 +212,51 @@ static void finish(const product *p, int64_t row, int64_t rows, int64_t column, 
 
 typedef struct {
     float *sums, *a, *b, *gathered;
+    int a_least[GROUP_ROWS], b_least[BLOCK_COLUMNS];
 } scratch;
 
-/* A chunk's part, from k, of the sums of rows [row, row + rows) and columns [column, column + columns). `a`: where its
- * panels are, or will be. */
-static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t k, float *a,
-                      float *sums, const scratch *s) {
-    const int64_t count = at_most(p->plan->k - k, FN_MM_CHUNK), row_size = round_up(count, FN_MM_LANES);
+/* A chunk's part, from k, of the sums of rows [row, row + rows) and columns [column, column + columns). */
+static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t k,
+                      float *sums, scratch *s) {
+    const int64_t count = at_most(p->plan->k - k, FN_MM_CHUNK), row_size = panel_row(p, count);
     const int64_t next_count = at_most(p->plan->k - k - count, FN_MM_CHUNK);
+    const int64_t after = column + columns;
+    float *a = s->a + (p->whole ? panel_row(p, k) * rows : 0);
+    int *a_least = s->a_least + (p->whole ? k / FN_MM_CHUNK * rows : 0);
     for (int64_t j = 0; j < columns; j += BLOCK_COLUMNS) {
         const int64_t block_columns = at_most(columns - j, BLOCK_COLUMNS), j_end = j + block_columns;
         const char *b = p->b.data + (column + j) * p->b.row_stride + k * p->b.k_stride;
         int64_t b_stride = p->b.row_stride;
         if (!p->direct) {
-            pack(p, &p->b, column + j, block_columns, k, count, b_panel_end, s->b, s->gathered);
+            pack(p, &p->b, column + j, block_columns, k, count, b_panel_end, s->b, s->b_least, s->gathered);
             b = (const char *)s->b;
             b_stride = row_size * (int64_t)sizeof(float);
         }
         const bool packs_a = !p->whole && j == 0;
         for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
             const int64_t block_rows = at_most(rows - i, BLOCK_ROWS), i_end = i + block_rows;
-            if (packs_a) pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, s->gathered);
+            if (packs_a)
+                pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, a_least + i,
+                     s->gathered);
             ahead next = {0};
             if (packs_a && i_end < rows)
                 next = ahead_of(&p->a, row + i_end, at_most(rows - i_end, BLOCK_ROWS), k, count);
+            else if (p->by_panels) next = ahead_of(&p->b, after, at_most(p->plan->n - after, p->run_columns), k, count);
             else if (!p->direct && i_end == rows)
                 next = j_end < columns
                            ? ahead_of(&p->b, column + j_end, at_most(columns - j_end, BLOCK_COLUMNS), k, count)
                            : ahead_of(&p->b, column, at_most(columns, BLOCK_COLUMNS), k + count, next_count);
-            run_tiles(p, a + i * row_size, block_rows, b, b_stride, block_columns, count, sums + i * p->sums_stride + j,
-                      k == 0, &next);
+            run_tiles(p, a + i * row_size, a_least + i, block_rows, b, s->b_least, b_stride, block_columns, count,
+                      sums + i * p->sums_stride + j, k == 0, &next);
         }
     }
 }
 
-static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int64_t n_end, const scratch *s) {
+static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int64_t n_end, scratch *s) {
     const int64_t k_end = p->plan->k;
     for (int64_t k = 0; p->whole && k < k_end; k += FN_MM_CHUNK)
-        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), a_panel_end, s->a + k * (m_end - m),
-             s->gathered);
+        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), a_panel_end,
+             s->a + panel_row(p, k) * (m_end - m), s->a_least + k / FN_MM_CHUNK * (m_end - m), s->gathered);
     for (int64_t column = n; column < n_end; column += STRIP_COLUMNS) {
         const int64_t columns = at_most(n_end - column, STRIP_COLUMNS);
         for (int64_t group = m; group < m_end; group += GROUP_ROWS) {
@@ -227,7 +265,7 @@ static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int6
             for (int64_t j = 0; j < columns; j += p->run_columns)
                 for (int64_t k = 0; k < k_end; k += FN_MM_CHUNK)
                     run_chunk(p, group, rows, column + j, at_most(columns - j, p->run_columns), k,
-                              p->whole ? s->a + k * rows : s->a, s->sums + j, s);
+                              s->sums + j, s);
             finish(p, group, rows, column, columns, s->sums);
         }
     }
@@ -261,13 +299,16 @@ static void prepare(product *p, const fn_mm_plan *plan, fn_path path) {
     p->b = operand_of(&plan->b, 1, plan->k);
     const int64_t rows = at_most(plan->m, GROUP_ROWS), columns = at_most(plan->n, BLOCK_COLUMNS);
     const int64_t k = round_up(plan->k, FN_MM_LANES), chunk = at_most(k, FN_MM_CHUNK);
-    p->direct = plan->m <= FEW_ROWS && p->b.in_rows;
+    const bool bfloat16 = plan->a.dtype == FN_BFLOAT16 && plan->b.dtype == FN_BFLOAT16;
+    p->pairs = bfloat16 && plan->m > FEW_ROWS_OF_PAIRS ? pair_paths[path] : NULL;
+    p->direct = !p->pairs && plan->m <= FEW_ROWS && p->b.in_rows;
     p->whole = plan->m <= FEW_ROWS && k <= GROUP_ROWS * FN_MM_CHUNK / plan->m; /* no more memory than a group */
-    p->run_columns = p->direct && p->whole ? p->kernels->tile_columns : STRIP_COLUMNS;
+    p->by_panels = p->pairs && p->whole && p->b.in_rows;
+    p->run_columns = p->by_panels || (p->direct && p->whole) ? p->kernels->tile_columns : STRIP_COLUMNS;
     p->sums_stride = at_most(plan->n, STRIP_COLUMNS);
     p->sums_size = round_up(rows * p->sums_stride, FN_MM_LANES);
-    p->a_size = rows * (p->whole ? k : chunk);
-    p->b_size = p->direct ? 0 : columns * chunk;
+    p->a_size = rows * panel_row(p, p->whole ? k : chunk);
+    p->b_size = p->direct ? 0 : columns * panel_row(p, chunk);
     const int64_t gathered_a = p->a.in_rows ? 0 : at_most(rows, BLOCK_ROWS), gathered_b = p->b.in_rows ? 0 : columns;
     p->gathered_size = GATHERED_STRIDE * (gathered_a > gathered_b ? gathered_a : gathered_b);
 }

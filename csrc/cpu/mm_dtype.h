@@ -42,11 +42,31 @@ typedef struct {
     void (*widen16)(const char *from, int64_t stride, fn_dtype dtype, float *to, int64_t to_stride);
 } fn_mm_kernels;
 
+/* What AVX512_BF16 adds for two operands of bfloat16. Its VDPBF16PS takes two k at a time into each of 16 sums: a fused
+ * multiply-add of the elements in the high halves, then one of those in the low halves, each rounded to nearest even, but
+ * with subnormals taken for zeros. So a panel holds pairs: for k = 0, 32, 64, ... 16 pairs of the first row, of the
+ * second, and so on, where pair l has k + l in its high half and k + 16 + l in its low half, zeros after the last.
+ *
+ * No subnormal can occur if no operand is one and the last bits of all products are worth 2^-126 or more: so are those of
+ * all sums then. An element with exponent e, as it is encoded, is a multiple of 2^(e - 134), which is where
+ * FN_MM_LEAST_EXPONENTS comes from. */
+typedef struct {
+    fn_mm_tile *tile[2 * FN_MM_MOST_ROWS];       /* for two panels whose least exponents suffice */
+    fn_mm_tile *exact_tile[2 * FN_MM_MOST_ROWS]; /* for any two: takes the pairs apart */
+    /* `from`: bfloat16, or bfloat16 numbers as floats. Returns the least exponent of those that are not zero, FN_MM_NEVER
+     * if one is subnormal. */
+    int (*pack)(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel);
+} fn_mm_pairs;
+
+#define FN_MM_LEAST_EXPONENTS (2 * 134 - 126) /* of both operands, added */
+#define FN_MM_NEVER (-1000)
+
 /* The whole product for rows [m, m_end) and columns [n, n_end), one output after the other. */
 void fn_mm_scalar(const fn_mm_plan *plan, int64_t m, int64_t m_end, int64_t n, int64_t n_end);
 
 #if defined(FN_X86)
 extern const fn_mm_kernels fn_mm_avx2, fn_mm_avx512;
+extern const fn_mm_pairs fn_mm_avx512_bf16;
 #elif defined(FN_ARM64)
 extern const fn_mm_kernels fn_mm_neon;
 #endif

@@ -108,4 +108,142 @@ static inline void transpose16(const vector block[16][1], float *to, int64_t to_
 #else
 #pragma GCC pop_options
 #endif
+
+/* ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------- */
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#endif
+
+static inline vector high_half(vector pairs) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32((int)0xffff0000)));
+}
+static inline vector low_half(vector pairs) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+}
+
+/* 32 elements of a row: the first `left` of them, then zeros. */
+INLINE __m512i load_elements(const char *from, int64_t left) {
+    if (left >= 32) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16((__mmask32)((UINT32_C(1) << left) - 1), from);
+}
+
+/* Word 2 * l becomes element 16 + l, word 2 * l + 1 element l. */
+INLINE __m512i in_pairs(__m512i elements) {
+    const __m512i low = _mm512_setr_epi32(16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31);
+    const __m512i high = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)), elements);
+}
+
+INLINE void pair_tile(bool exact, int rows, int columns, const float *a, const char *b, int64_t count, float *sums,
+                      int64_t sums_stride, bool first) {
+    vector acc[TILE_ROWS][TILE_COLUMNS][1];
+    FOR_ROWS FOR_COLUMNS acc[i][j][0] = zero();
+    for (; count > 0; count -= 2 * LANES) {
+        vector y[TILE_COLUMNS];
+        FOR_COLUMNS y[j] = load_f32(b + j * 4 * LANES);
+        FOR_ROWS {
+            vector x = load_f32(a + i * LANES);
+            KEEP(x);
+            FOR_COLUMNS {
+                vector *sum = &acc[i][j][0];
+                if (!exact) {
+                    *sum = _mm512_dpbf16_ps(*sum, (__m512bh)x, (__m512bh)y[j]);
+                    continue;
+                }
+                *sum = multiply_add(high_half(x), high_half(y[j]), *sum);
+                /* The contract's padding may end here, and a sum of -0 would not outlive more of it. */
+                if (count > LANES) *sum = multiply_add(low_half(x), low_half(y[j]), *sum);
+            }
+        }
+        a += rows * LANES;
+        b += columns * 4 * LANES;
+    }
+    put_sums(acc, rows, columns, sums, sums_stride, first);
+}
+
+#define DEFINE_PAIR_TILE(name, exact, rows, columns)                                                                   \
+    static void name(const float *a, const char *b, int64_t b_stride, int64_t count, float *sums, int64_t sums_stride, \
+                     bool first) {                                                                                     \
+        (void)b_stride;                                                                                                \
+        pair_tile(exact, rows, columns, a, b, count, sums, sums_stride, first);                                        \
+    }
+#define DEFINE_PAIR_TILES(name, exact)                                                                                 \
+    DEFINE_PAIR_TILE(name##_1, exact, 1, 1)                                                                            \
+    DEFINE_PAIR_TILE(name##_1_wide, exact, 1, TILE_COLUMNS)                                                            \
+    DEFINE_PAIR_TILE(name##_2, exact, 2, 1)                                                                            \
+    DEFINE_PAIR_TILE(name##_2_wide, exact, 2, TILE_COLUMNS)                                                            \
+    DEFINE_PAIR_TILE(name##_3, exact, 3, 1)                                                                            \
+    DEFINE_PAIR_TILE(name##_3_wide, exact, 3, TILE_COLUMNS)                                                            \
+    DEFINE_PAIR_TILE(name##_4, exact, 4, 1)                                                                            \
+    DEFINE_PAIR_TILE(name##_4_wide, exact, 4, TILE_COLUMNS)
+DEFINE_PAIR_TILES(pairs, false)
+DEFINE_PAIR_TILES(exact, true)
+#define PAIR_TILES(name)                                                                                               \
+    {name##_1, name##_1_wide, name##_2, name##_2_wide, name##_3, name##_3_wide, name##_4, name##_4_wide}
+
+/* The running minimum of magnitudes less 1: zeros are the greatest. */
+INLINE __m512i less_of(__m512i least, __m512i elements) {
+    const __m512i magnitude = _mm512_and_si512(elements, _mm512_set1_epi16(0x7fff));
+    return _mm512_min_epu16(least, _mm512_sub_epi16(magnitude, _mm512_set1_epi16(1)));
+}
+
+INLINE int least_exponent(__m512i least) {
+    const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(least), _mm512_extracti64x4_epi64(least, 1));
+    const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const int exponent = (_mm_extract_epi16(_mm_minpos_epu16(quarter), 0) + 1) >> 7;
+    return exponent ? exponent : FN_MM_NEVER;
+}
+
+/* The pairs of 32 places k of each row; `left` of them are the rows'. */
+INLINE __m512i pack_step(fn_dtype dtype, const char *from, int64_t stride, int64_t rows, int64_t left, float *panel,
+                         __m512i least) {
+    _Pragma("GCC unroll 4") for (int64_t i = 0; i < rows; i++) {
+        const char *at = from + i * stride;
+        __m512i pairs;
+        if (dtype == FN_BFLOAT16) pairs = in_pairs(load_elements(at, left));
+        else {
+            const vector low = left > LANES ? load_part_f32(at + 4 * LANES, left - LANES) : zero();
+            pairs = _mm512_or_si512(_mm512_castps_si512(load_part_f32(at, left)),
+                                    _mm512_srli_epi32(_mm512_castps_si512(low), 16));
+        }
+        least = less_of(least, pairs);
+        _mm512_store_si512(panel + i * LANES, pairs);
+    }
+    return least;
+}
+
+INLINE int pack_pairs_as(fn_dtype dtype, const char *from, int64_t stride, int64_t rows, int64_t count, float *panel) {
+    __m512i least = _mm512_set1_epi32(-1);
+    int64_t left = count;
+    for (; left >= 2 * LANES; left -= 2 * LANES) {
+        least = pack_step(dtype, from, stride, rows, 2 * LANES, panel, least);
+        from += 2 * LANES * size_of(dtype);
+        panel += rows * LANES;
+    }
+    if (left > 0) least = pack_step(dtype, from, stride, rows, left, panel, least);
+    return least_exponent(least);
+}
+
+static int pack_pairs(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel) {
+    if (dtype != FN_BFLOAT16) return pack_pairs_as(FN_FLOAT32, from, stride, rows, count, panel);
+    if (rows == TILE_COLUMNS) return pack_pairs_as(FN_BFLOAT16, from, stride, TILE_COLUMNS, count, panel);
+    return pack_pairs_as(FN_BFLOAT16, from, stride, rows, count, panel);
+}
+
+const fn_mm_pairs fn_mm_avx512_bf16 = {
+    .tile = PAIR_TILES(pairs),
+    .exact_tile = PAIR_TILES(exact),
+    .pack = pack_pairs,
+};
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
 #endif

@@ -82,6 +82,22 @@ INLINE void step(bool whole, int64_t count, vector (*acc)[TILE_COLUMNS][PARTS], 
     }
 }
 
+/* The lanes of every sum, folded, put or added where they belong. */
+INLINE void put_sums(vector (*acc)[TILE_COLUMNS][PARTS], int rows, int columns, float *sums, int64_t sums_stride,
+                     bool first) {
+#if defined(HAS_FOLD_TILE)
+    if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
+        fold_tile(acc, sums, sums_stride, first);
+        return;
+    }
+#endif
+    FOR_ROWS FOR_COLUMNS {
+        float *sum = sums + i * sums_stride + j;
+        const float folded = fold_lanes(acc[i][j]);
+        *sum = first ? folded : *sum + folded;
+    }
+}
+
 INLINE void tile(int rows, int columns, int source, const float *a, const char *b, int64_t b_stride, int64_t count,
                  float *sums, int64_t sums_stride, bool first) {
     const bool packed = source == FN_MM_PACKED;
@@ -102,17 +118,7 @@ INLINE void tile(int rows, int columns, int source, const float *a, const char *
         b += b_step;
     }
     if (!packed && count > 0) step(false, count, acc, rows, columns, a, b, b_stride, dtype);
-#if defined(HAS_FOLD_TILE)
-    if (rows == TILE_ROWS && columns == TILE_COLUMNS) {
-        fold_tile(acc, sums, sums_stride, first);
-        return;
-    }
-#endif
-    FOR_ROWS FOR_COLUMNS {
-        float *sum = sums + i * sums_stride + j;
-        const float folded = fold_lanes(acc[i][j]);
-        *sum = first ? folded : *sum + folded;
-    }
+    put_sums(acc, rows, columns, sums, sums_stride, first);
 }
 
 #define DEFINE_TILE(name, rows, columns, source)                                                                       \

@@ -18,7 +18,7 @@ typedef struct {
 } matrix;
 
 enum layouts { ROWS, COLUMNS, GAPS, REVERSED, REPEATED, LAYOUTS };
-enum values { ORDINARY, TINY, ANY_ENCODING, MINUS_ZEROS, VALUES };
+enum values { ORDINARY, TINY, ANY_ENCODING, MINUS_ZEROS, NEAR_SUBNORMAL, VALUES };
 
 typedef struct {
     int64_t m, n, k;
@@ -109,14 +109,29 @@ static uint32_t random_bits(fn_dtype dtype, int values, uint64_t *random) {
     return dtype == FN_FLOAT32 ? UINT32_C(0x19000000) : dtype == FN_BFLOAT16 ? UINT32_C(0x1900) : 1;
 }
 
+/* Where bfloat16 pairs may or may not be multiplied by an instruction that flushes subnormals: groups of a's rows and of
+ * b's columns have exponents, another in each chunk of k, whose sums lie around the 142 of csrc/cpu/mm_dtype.h, and numbers
+ * whose products cancel to their last bits; few zeros, and very few subnormals, infinities and NaNs. */
+static uint32_t near_subnormal_bits(fn_dtype dtype, int64_t row, int64_t k, uint64_t key, uint64_t *random) {
+    const uint64_t r = random64(random);
+    const uint32_t exponent = 71 - 1 + (uint32_t)(hash64(key + (uint64_t)(row / 4 + k / 1024 * 65536)) % 3);
+    uint32_t bits = (uint32_t)(r & 0x8000) | exponent << 7 | (uint32_t)(r >> 16 & 1);
+    if ((r >> 20) % 16 == 0) bits &= 0x8000;
+    if ((r >> 32) % 4096 == 0) bits = (uint32_t)(r >> 48) & (r >> 24 & 1 ? 0x807f : 0xffff);
+    return dtype == FN_FLOAT32 ? bits << 16 : bits;
+}
+
 static void fill(matrix *x, int role, int values, uint64_t *random) {
     const fn_dtype dtype = x->tensor.dtype;
     const size_t item = (size_t)fn_dtypes[dtype].bytes;
     for (int64_t i = 0; i < x->bytes; i++) x->memory[i] = (unsigned char)random64(random);
     if (role == OUT) return;
+    const uint64_t key = random64(random);
     for (int64_t i = 0; i < x->shape[0]; i++)
         for (int64_t j = 0; j < x->shape[1]; j++) {
-            uint32_t bits = random_bits(dtype, values, random);
+            uint32_t bits = values == NEAR_SUBNORMAL
+                                ? near_subnormal_bits(dtype, role == A ? i : j, role == A ? j : i, key, random)
+                                : random_bits(dtype, values, random);
             if (values == MINUS_ZEROS && role != A) bits |= dtype == FN_FLOAT32 ? UINT32_C(0x80000000) : 0x8000;
             const uint16_t half = (uint16_t)bits;
             unsigned char *at = (unsigned char *)x->tensor.data + i * x->stride[0] + j * x->stride[1];

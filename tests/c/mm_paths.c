@@ -105,6 +105,25 @@ static void large_calls(bool sample, uint64_t *random) {
     report("large calls, 1 to 4 threads", start);
 }
 
+/* Two operands of bfloat16, with enough rows for panels of pairs, where that is not the only way. */
+static void pairs_of_bfloat16(int repeats, uint64_t *random) {
+    const double start = check_seconds();
+    static const int64_t lengths[] = {1,  2,  15,  16,   17,   31,   32,   33,   47,   48,   49,   63,  64,
+                                      65, 80, 100, 1008, 1023, 1024, 1025, 1041, 1500, 2048, 2049, 2100};
+    static const int64_t rows[] = {7, 8, 9, 10, 11, 12, 17, 31, 32, 33, 40, 70}, columns[] = {1, 2, 3, 4, 5, 8, 19, 70};
+    enum { BOTH = FN_BFLOAT16 + 3 * FN_BFLOAT16 };
+    for (int n = 0; n < repeats; n++) {
+        product_case c = {.m = PICK(rows, random), .n = PICK(columns, random), .k = PICK(lengths, random)};
+        c.has_bias = random_below(random, 4) == 0;
+        c.values = n % 4 ? NEAR_SUBNORMAL : n % 8 ? MINUS_ZEROS : choose_values(random);
+        for (int role = 0; role < ROLES; role++) c.layout[role] = (int)random_below(random, n % 3 ? 2 : LAYOUTS);
+        build_case(&c, BOTH + 9 * (n % 3 ? FN_FLOAT32 : (int)random_below(random, 3)), random);
+        run_case(&c, n % 5 ? 1 : 3);
+        free_case(&c);
+    }
+    report("pairs of bfloat16", start);
+}
+
 static void empty_products(uint64_t *random) {
     const double start = check_seconds();
     for (int dtypes = 0; dtypes < 27; dtypes++)
@@ -160,6 +179,7 @@ int main(int argc, char **argv) {
     empty_products(&random);
     every_dtype_and_layout(options.sample ? 1 : 10, &random);
     large_calls(options.sample, &random);
+    pairs_of_bfloat16(options.sample ? 150 : 3000, &random);
     other_environments(options.sample ? 100 : 2000, &random);
     report_all(start);
     return 0;
