@@ -155,7 +155,7 @@ def exact_row(
         return [round_exact(p, out_dtype) for p in products]
 
     # All that follows y is monotone in |y|: the result lies between the images of y less and y plus the bound. The
-    # product is rounded as it is in the contract, not widened by an error: with `cast` it is often a tie of `out_dtype`.
+    # product is rounded as in the contract, not widened by an error: with `cast` it is often a tie of `out_dtype`.
     slack = Fraction(bound_in_units(len(s), weighted=False)) * UNIT
     ends = [finish([v * (1 + sign * slack) for v in y]) for sign in (-1, 1)]
     low, high = ([f(*pair) for pair in zip(*ends, strict=True)] for f in (min, max))

@@ -207,7 +207,7 @@ def test_forced_path(name: str) -> None:
 
 
 def test_automatic_path() -> None:
-    best = [name for name in ("avx512", "avx2", "neon", "scalar") if name in CPU["available"]][0]  # noqa: RUF015
+    best = [name for name in ("avx512_bf16", "avx512", "avx2", "neon", "scalar") if name in CPU["available"]][0]  # noqa: RUF015
     for environment in ({"FUSEDNORM_CPU": None}, {"FUSEDNORM_CPU": ""}):
         assert check_python(SHOW, **environment).strip() == best
 

@@ -93,22 +93,45 @@ def test_order_of_random_terms(mm_path: Any, length: int, dtype: str) -> None:
         assert_same_bits(out, np.repeat(wanted.T, m, 0), (m, "in b"))
 
 
-@pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 32, 40, 1023, 1024, 1025, 1039, 1040, 1041, 2048, 2060])
-def test_products_that_underflow_to_minus_zero(mm_path: Any, k: int) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("k", [1, 15, 16, 17, 31, 32, 40, 48, 1023, 1024, 1025, 1039, 1040, 1041, 2048, 2060])
+def test_products_that_underflow_to_minus_zero(mm_path: Any, k: int, dtype: str) -> None:
     """A lane may hold -0. What a path adds in lanes where K has ended must not show: 0 * 0 + -0 is +0."""
-    for m, n in [(1, 1), (3, 5), (9, 17)]:
-        a, b = np.full((m, k), -1e-30, np.float32), np.full((k, n), 1e-30, np.float32)
-        assert_same_bits(mm_path.mm_dtype(a, b), _reference.mm_dtype(a, b), (m, n, k))
+    for m, n in [(1, 1), (3, 5), (9, 17), (33, 6)]:
+        a, b = np.full((m, k), -(2.0**-100), dtype), np.full((k, n), 2.0**-100, dtype)
+        wanted = _reference.mm_dtype(a, b, "float32")
+        assert np.signbit(wanted).all() == (k % 16 == 0)
+        assert_same_bits(mm_path.mm_dtype(a, b, "float32"), wanted, (m, n, k))
         bias = np.full(n, -0.0, np.float32)
-        assert_same_bits(mm_path.mm_dtype(a, b, bias=bias), _reference.mm_dtype(a, b, bias=bias), (m, n, k))
+        with_bias = _reference.mm_dtype(a, b, "float32", bias=bias)
+        assert_same_bits(mm_path.mm_dtype(a, b, "float32", bias=bias), with_bias, (m, n, k))
 
 
-def test_zeros_are_positive(mm_path: Any) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_are_positive(mm_path: Any, dtype: str) -> None:
     for k in (0, 1, 16, 17, 1024, 1041):
-        a, b = np.full((3, k), -0.0, np.float32), np.ones((k, 4), np.float32)
-        bias = np.full(4, -0.0, np.float32)  # -0 + +0
-        for given in (None, bias):
-            assert_same_bits(mm_path.mm_dtype(a, b, bias=given), np.zeros((3, 4), np.float32), k)
+        for m in (3, 40):
+            a, b = np.full((m, k), -0.0, dtype), np.ones((k, 4), dtype)
+            for bias in (None, np.full(4, -0.0, np.float32)):  # -0 + +0
+                out = mm_path.mm_dtype(a, b, "float32", bias=bias)
+                assert_same_bits(out, np.zeros((m, 4), np.float32), (k, m))
+
+
+@pytest.mark.parametrize("k", [1, 16, 17, 32, 33, 100, 1024, 1057, 2100])
+def test_where_subnormals_begin(mm_path: Any, k: int) -> None:
+    """bfloat16 products whose sums cancel to the last bit, which is just above, or below, the least normal number."""
+    rng = seeded("subnormals", k)
+
+    def numbers(rows: int, exponents: Array) -> Array:
+        significands = rng.choice([1, 1 + 2.0**-7, -1, -1 - 2.0**-7, 0], (rows, k), p=[0.24, 0.24, 0.24, 0.24, 0.04])
+        return (significands * 2.0 ** exponents[:, None]).astype("bfloat16")
+
+    m, n = (20, 9) if mm_path.name != "reference" else (8, 4)
+    a = numbers(m, np.repeat(rng.permutation([-57, -56, -55, -54, -53])[: m // 4], 4))
+    b = numbers(n, np.repeat(rng.permutation([-57, -56, -55])[: (n + 3) // 4], 4)[:n]).T
+    assert_same_bits(mm_path.mm_dtype(a, b, "float32"), _reference.mm_dtype(a, b, "float32"), "sums")
+    a[7, k // 2], b[k // 2, 0], b[k // 3, 2], a[0, k // 3] = 1e-39, 2.0**20, -1e-39, 2.0**20  # subnormal themselves
+    assert_same_bits(mm_path.mm_dtype(a, b, "float32"), _reference.mm_dtype(a, b, "float32"), "operands")
 
 
 @pytest.mark.parametrize("k", [1, 16, 17, 1000, 1024, 1025, 4097, 65536, 2**17 + 1, 2**20 - 1, 2**20])
@@ -142,22 +165,24 @@ def test_the_product_is_fused(mm_path: Any) -> None:
     assert_same_bits(mm_path.mm_dtype(a, b), np.array([[-(e**2)]], np.float32))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, 3e38])
-def test_specials_stay_in_their_row_and_column(mm_path: Any, value: float) -> None:
-    a, b = (array.copy() for array in case(9, 17, 100, "float32", "float32", "normal"))
+def test_specials_stay_in_their_row_and_column(mm_path: Any, value: float, dtype: str) -> None:
+    a, b = (array.copy() for array in case(9, 17, 100, dtype, dtype, "normal"))
     a[3, 50] = value
-    out, wanted = mm_path.mm_dtype(a, b), _reference.mm_dtype(a, b)
+    out, wanted = mm_path.mm_dtype(a, b, "float32"), _reference.mm_dtype(a, b, "float32")
     assert_same_bits(out, wanted)
     others = np.arange(9) != 3
     assert np.isfinite(out[others]).all()
-    assert_same_bits(out[others], _reference.mm_dtype(a[others], b))
+    assert_same_bits(out[others], _reference.mm_dtype(a[others], b, "float32"))
     a, b = b.T.copy(), a.T.copy()
-    assert_same_bits(mm_path.mm_dtype(a, b), _reference.mm_dtype(a, b), "in b")
-    assert np.isfinite(mm_path.mm_dtype(a, b)[:, others]).all()
+    assert_same_bits(mm_path.mm_dtype(a, b, "float32"), _reference.mm_dtype(a, b, "float32"), "in b")
+    assert np.isfinite(mm_path.mm_dtype(a, b, "float32")[:, others]).all()
     bias = np.zeros(9, np.float32)
     bias[3] = value
     b[:, 3] = 1
-    assert_same_bits(mm_path.mm_dtype(a, b, bias=bias), _reference.mm_dtype(a, b, bias=bias), "in bias")
+    wanted = _reference.mm_dtype(a, b, "float32", bias=bias)
+    assert_same_bits(mm_path.mm_dtype(a, b, "float32", bias=bias), wanted, "in bias")
 
 
 def test_infinities_and_nans(mm_path: Any) -> None:

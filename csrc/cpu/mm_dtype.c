@@ -236,8 +236,7 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
         for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
             const int64_t block_rows = at_most(rows - i, BLOCK_ROWS), i_end = i + block_rows;
             if (packs_a)
-                pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, a_least + i,
-                     s->gathered);
+                pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, a_least + i, s->gathered);
             ahead next = {0};
             if (packs_a && i_end < rows)
                 next = ahead_of(&p->a, row + i_end, at_most(rows - i_end, BLOCK_ROWS), k, count);
@@ -264,8 +263,7 @@ static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int6
             if (k_end == 0) memset(s->sums, 0, (size_t)(rows * p->sums_stride) * sizeof(float));
             for (int64_t j = 0; j < columns; j += p->run_columns)
                 for (int64_t k = 0; k < k_end; k += FN_MM_CHUNK)
-                    run_chunk(p, group, rows, column + j, at_most(columns - j, p->run_columns), k,
-                              s->sums + j, s);
+                    run_chunk(p, group, rows, column + j, at_most(columns - j, p->run_columns), k, s->sums + j, s);
             finish(p, group, rows, column, columns, s->sums);
         }
     }

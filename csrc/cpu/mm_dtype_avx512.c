@@ -112,7 +112,7 @@ static inline void transpose16(const vector block[16][1], float *to, int64_t to_
 /* ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------- */
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))),                 \
                              apply_to = function)
 #else
 #pragma GCC push_options

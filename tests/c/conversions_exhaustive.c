@@ -200,7 +200,9 @@ int main(int argc, char **argv) {
 
     printf("conversions: paths");
     for (int path = 0; path < FN_PATH_COUNT; path++) {
-        if (!fn_path_is_available((fn_path)path)) continue;
+        bool skip = !fn_path_is_available((fn_path)path);
+        for (int way = 0; way < natural_ways; way++) skip = skip || ways[way].path == fn_norm_paths[path];
+        if (skip) continue;
         ways[natural_ways++].path = fn_norm_paths[path];
         printf(" %s", fn_norm_paths[path]->name);
     }
