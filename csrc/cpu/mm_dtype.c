@@ -340,7 +340,8 @@ fn_status fn_mm_run_cpu(const fn_mm_plan *plan) {
         const int64_t n = by_columns ? begin : 0, n_end = by_columns ? end : plan->n;
         if (path == FN_PATH_SCALAR) fn_mm_scalar(plan, m, m_end, n, n_end);
         else if (begin < end) {
-            scratch s = {.sums = heap ? heap + each * thread : stack};
+            scratch s; /* most of it is written before it is read */
+            s.sums = heap ? heap + each * thread : stack;
             s.a = s.sums + p.sums_size;
             s.b = s.a + p.a_size;
             s.gathered = s.b + p.b_size;
