@@ -2,16 +2,21 @@
  *
  * b's columns are called its rows here: both operands are read along k. Tiles of outputs read a from panels, widened
  * to fp32, where a tile's rows alternate every 16 elements: one aligned stream of memory, without the conflicts of
- * rows that lie a multiple of 4 KiB apart.
+ * rows that lie a multiple of 4 KiB apart. Four ways to read b:
  *
- *   Few rows of a (decode): a is packed once, then b's rows are read where they lie, from end to end, widened in
- *   registers.
- *   More: b is packed too. A group of a's rows is packed for one chunk of K, then b block by block. Each of b's panels
- *   serves all rows of a group, each of a's all columns of a strip; tiles fetch what is packed next.
+ *   FROM_ROWS     few rows of a (decode): a is packed once, then b's rows are read where they lie, from end to end,
+ *                 widened in registers.
+ *   FROM_COLUMNS  the same where it is b's columns whose elements lie side by side.
+ *   BY_BLOCKS     more rows: b is packed too. A group of a's rows is packed for one chunk of K, then b block by block.
+ *                 Each of b's panels serves all rows of a group, each of a's all columns of a strip; tiles fetch what is
+ *                 packed next.
+ *   BY_PANELS     in between, where panels hold pairs of bfloat16 (mm_dtype.h): a is packed once, each of b's panels just
+ *                 before its tiles run.
  *
  * Panels of 1024 k stream from the second-level cache as fast as they are used. On a Zen 4 core at 3.66 GHz, which has
- * 117 GFLOP/s of fused multiply-adds, tiles of 4 x 4, 6 x 4 and 5 x 5 reach 115 from panels, a whole product of
- * bfloat16 with M = 256 reaches 108. Folding the lanes costs 1.5 %, packing and memory the rest.
+ * 117 GFLOP/s of fused multiply-adds, tiles of 4 x 4, 6 x 4 and 5 x 5 reach 115 from panels of fp32, a whole product
+ * with M = 256 reaches 108. Folding the lanes costs 1.5 %, packing and memory the rest. On a Zen 5 core with 470 GFLOP/s
+ * of VDPBF16PS, M = 256 reaches 440 with pairs.
  */
 #include "mm_dtype.h"
 
@@ -28,8 +33,9 @@ enum {
     BLOCK_ROWS = 64,                    /* of them, that go through all columns of a block: 256 KiB of a chunk */
     BLOCK_COLUMNS = 64,                 /* columns of b that are packed together: 256 KiB of a chunk */
     STRIP_COLUMNS = 1024,               /* columns whose sums are kept, with GROUP_ROWS: 1 MiB */
-    FEW_ROWS = 32,                      /* up to so many rows of a, b is read where it lies if it can be */
-    FEW_ROWS_OF_PAIRS = 7,              /* up to so many rows, operands of bfloat16 go the way of all others */
+    FEW_ROWS = 32,                      /* of a: up to so many, b is read where it lies if it can be */
+    ROWS_OF_PAIRS = 8,                  /* from so many rows on, operands of bfloat16 are multiplied in pairs */
+    ROWS_OF_COLUMNS = 17,               /* from so many, rather in pairs than from columns */
     STACK_FLOATS = 4096,                /* of scratch, for small calls on one thread */
     GATHERED_STRIDE = FN_MM_CHUNK + 16, /* floats; rows 4 KiB apart would share the same few places of a cache */
 };
@@ -61,16 +67,23 @@ typedef struct {
     bool in_rows; /* elements side by side in rows */
 } operand;
 
+/* Where a panel that starts at row `begin` of a block of `rows` ends. */
+typedef int64_t panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin);
+
+typedef enum { FROM_ROWS, FROM_COLUMNS, BY_PANELS, BY_BLOCKS } way;
+
 typedef struct {
     const fn_mm_kernels *kernels;
     const fn_mm_pairs *pairs;            /* or NULL: panels hold fp32 */
     const fn_norm_kernels *norm_kernels; /* for their stores */
     const fn_mm_plan *plan;
     operand a, b;
-    bool direct;                                      /* tiles read b where it lies */
-    bool whole;                                       /* all chunks of a are packed before the first tile */
-    bool by_panels;                                   /* each panel of b is packed just before its tiles run */
-    int64_t sums_stride, run_columns;                 /* run_columns: they go through all chunks together */
+    way way;
+    bool whole; /* all chunks of a are packed before the first tile */
+    panel_end *a_panel_end;
+    int64_t block_columns;                            /* of b, that are packed or read together */
+    int64_t run_columns;                              /* that go through all chunks together */
+    int64_t sums_stride;                              /* of a thread's sums, in floats */
     int64_t sums_size, a_size, b_size, gathered_size; /* of one thread's scratch, in floats */
 } product;
 
@@ -100,7 +113,7 @@ static int64_t panel_row(const product *p, int64_t count) {
     return p->pairs ? round_up(count, 2 * FN_MM_LANES) / 2 : round_up(count, FN_MM_LANES);
 }
 
-/* Where a panel that starts at row `begin` of a block ends. a's: as even as can be. */
+/* a's: as even as can be. */
 static int64_t a_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin) {
     const int64_t left = rows - begin, panels = (left + kernels->tile_rows - 1) / kernels->tile_rows;
     return begin + (left + panels - 1) / panels;
@@ -109,8 +122,11 @@ static int64_t a_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t b
 static int64_t b_panel_end(const fn_mm_kernels *kernels, int64_t columns, int64_t begin) {
     return begin + (begin + kernels->tile_columns <= columns ? kernels->tile_columns : 1);
 }
-typedef int64_t panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin);
-
+/* a's where b is read from columns. */
+static int64_t one_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin) {
+    (void)kernels, (void)begin;
+    return rows;
+}
 /* Elements [k, k + count) of rows [row, row + rows) to panels. `least`: of pairs, each panel's least exponent, at the
  * panel's first row. */
 static void pack(const product *p, const operand *from, int64_t row, int64_t rows, int64_t k, int64_t count,
@@ -173,7 +189,7 @@ static void run_tiles(const product *p, const float *a, const int *a_least, int6
                       const int *b_least, int64_t b_stride, int64_t columns, int64_t count, float *sums, bool first,
                       ahead *next) {
     const fn_mm_kernels *kernels = p->kernels;
-    fn_mm_tile *const *tiles = kernels->tile[p->direct ? (int)p->b.dtype : FN_MM_PACKED];
+    fn_mm_tile *const *tiles = kernels->tile[p->way == FROM_ROWS ? (int)p->b.dtype : FN_MM_PACKED];
     const int64_t row_size = panel_row(p, count);
     const int64_t a_panels = (rows + kernels->tile_rows - 1) / kernels->tile_rows;
     const int64_t b_panels = columns / kernels->tile_columns + columns % kernels->tile_columns;
@@ -223,25 +239,33 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
     const int64_t after = column + columns;
     float *a = s->a + (p->whole ? panel_row(p, k) * rows : 0);
     int *a_least = s->a_least + (p->whole ? k / FN_MM_CHUNK * rows : 0);
-    for (int64_t j = 0; j < columns; j += BLOCK_COLUMNS) {
-        const int64_t block_columns = at_most(columns - j, BLOCK_COLUMNS), j_end = j + block_columns;
+    for (int64_t j = 0; j < columns; j += p->block_columns) {
+        const int64_t block_columns = at_most(columns - j, p->block_columns), j_end = j + block_columns;
         const char *b = p->b.data + (column + j) * p->b.row_stride + k * p->b.k_stride;
         int64_t b_stride = p->b.row_stride;
-        if (!p->direct) {
+        const bool packs_a = !p->whole && j == 0;
+        if (p->way == FROM_COLUMNS) {
+            if (packs_a) pack(p, &p->a, row, rows, k, count, p->a_panel_end, a, a_least, s->gathered);
+            p->kernels->columns(a, rows, b, p->b.k_stride, p->b.dtype, block_columns, count, s->b, sums + j,
+                                p->sums_stride, k == 0);
+            continue;
+        }
+        if (p->way != FROM_ROWS) {
             pack(p, &p->b, column + j, block_columns, k, count, b_panel_end, s->b, s->b_least, s->gathered);
             b = (const char *)s->b;
             b_stride = row_size * (int64_t)sizeof(float);
         }
-        const bool packs_a = !p->whole && j == 0;
         for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
             const int64_t block_rows = at_most(rows - i, BLOCK_ROWS), i_end = i + block_rows;
             if (packs_a)
-                pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, a_least + i, s->gathered);
+                pack(p, &p->a, row + i, block_rows, k, count, p->a_panel_end, a + i * row_size, a_least + i,
+                     s->gathered);
             ahead next = {0};
             if (packs_a && i_end < rows)
                 next = ahead_of(&p->a, row + i_end, at_most(rows - i_end, BLOCK_ROWS), k, count);
-            else if (p->by_panels) next = ahead_of(&p->b, after, at_most(p->plan->n - after, p->run_columns), k, count);
-            else if (!p->direct && i_end == rows)
+            else if (p->way == BY_PANELS)
+                next = ahead_of(&p->b, after, at_most(p->plan->n - after, p->run_columns), k, count);
+            else if (p->way == BY_BLOCKS && i_end == rows)
                 next = j_end < columns
                            ? ahead_of(&p->b, column + j_end, at_most(columns - j_end, BLOCK_COLUMNS), k, count)
                            : ahead_of(&p->b, column, at_most(columns, BLOCK_COLUMNS), k + count, next_count);
@@ -254,7 +278,7 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
 static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int64_t n_end, scratch *s) {
     const int64_t k_end = p->plan->k;
     for (int64_t k = 0; p->whole && k < k_end; k += FN_MM_CHUNK)
-        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), a_panel_end,
+        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), p->a_panel_end,
              s->a + panel_row(p, k) * (m_end - m), s->a_least + k / FN_MM_CHUNK * (m_end - m), s->gathered);
     for (int64_t column = n; column < n_end; column += STRIP_COLUMNS) {
         const int64_t columns = at_most(n_end - column, STRIP_COLUMNS);
@@ -295,19 +319,33 @@ static void prepare(product *p, const fn_mm_plan *plan, fn_path path) {
     p->plan = plan;
     p->a = operand_of(&plan->a, 0, plan->k);
     p->b = operand_of(&plan->b, 1, plan->k);
-    const int64_t rows = at_most(plan->m, GROUP_ROWS), columns = at_most(plan->n, BLOCK_COLUMNS);
+    const int64_t rows = at_most(plan->m, GROUP_ROWS);
     const int64_t k = round_up(plan->k, FN_MM_LANES), chunk = at_most(k, FN_MM_CHUNK);
-    const bool bfloat16 = plan->a.dtype == FN_BFLOAT16 && plan->b.dtype == FN_BFLOAT16;
-    p->pairs = bfloat16 && plan->m > FEW_ROWS_OF_PAIRS ? pair_paths[path] : NULL;
-    p->direct = !p->pairs && plan->m <= FEW_ROWS && p->b.in_rows;
-    p->whole = plan->m <= FEW_ROWS && k <= GROUP_ROWS * FN_MM_CHUNK / plan->m; /* no more memory than a group */
-    p->by_panels = p->pairs && p->whole && p->b.in_rows;
-    p->run_columns = p->by_panels || (p->direct && p->whole) ? p->kernels->tile_columns : STRIP_COLUMNS;
+    const bool few = plan->m <= FEW_ROWS, bfloat16 = plan->a.dtype == FN_BFLOAT16 && plan->b.dtype == FN_BFLOAT16;
+    const bool b_in_columns = !p->b.in_rows && p->b.row_stride == fn_dtypes[p->b.dtype].bytes;
+    p->pairs = bfloat16 && plan->m >= ROWS_OF_PAIRS ? pair_paths[path] : NULL;
+    p->whole = few && k <= GROUP_ROWS * FN_MM_CHUNK / plan->m; /* no more memory than a group */
+    if (few && p->b.in_rows && !p->pairs) p->way = FROM_ROWS;
+    else if (few && p->b.in_rows && p->whole) p->way = BY_PANELS;
+    else if (few && b_in_columns && (!p->pairs || plan->m < ROWS_OF_COLUMNS)) p->way = FROM_COLUMNS;
+    else p->way = BY_BLOCKS;
+    if (p->way == FROM_COLUMNS) p->pairs = NULL;
+    p->a_panel_end = p->way == FROM_COLUMNS ? one_panel_end : a_panel_end;
+
+    /* The wider, the longer the pieces of memory: 16 lanes of so many sums for each row of a have 256 KiB, or 512. */
+    const int64_t wide = plan->m <= 8 ? 512 : 256;
+    p->block_columns = at_most(round_up(plan->n, FN_MM_LANES), p->way == FROM_COLUMNS ? wide : BLOCK_COLUMNS);
+    p->run_columns = !p->whole || p->way == BY_BLOCKS ? STRIP_COLUMNS
+                     : p->way == FROM_COLUMNS         ? p->block_columns
+                                                      : p->kernels->tile_columns;
     p->sums_stride = at_most(plan->n, STRIP_COLUMNS);
     p->sums_size = round_up(rows * p->sums_stride, FN_MM_LANES);
     p->a_size = rows * panel_row(p, p->whole ? k : chunk);
-    p->b_size = p->direct ? 0 : columns * panel_row(p, chunk);
-    const int64_t gathered_a = p->a.in_rows ? 0 : at_most(rows, BLOCK_ROWS), gathered_b = p->b.in_rows ? 0 : columns;
+    p->b_size = p->way == FROM_ROWS      ? 0
+                : p->way == FROM_COLUMNS ? FN_MM_LANES * rows * p->block_columns
+                                         : p->block_columns * panel_row(p, chunk);
+    const int64_t gathered_a = p->a.in_rows ? 0 : at_most(rows, BLOCK_ROWS);
+    const int64_t gathered_b = p->b.in_rows || p->way == FROM_COLUMNS ? 0 : p->block_columns;
     p->gathered_size = GATHERED_STRIDE * (gathered_a > gathered_b ? gathered_a : gathered_b);
 }
 

@@ -31,6 +31,9 @@ typedef void fn_mm_tile(const float *a, const char *b, int64_t b_stride, int64_t
 
 /* One instruction set's product.
  *   tile      by where b's elements come from, then for 1, 2, ... rows with one column and with tile_columns columns
+ *   columns   the same sums for any number of a's rows, in one panel, and of columns, whose elements lie side by side in
+ *             b's memory, k_stride bytes from one k to the next. `lanes`: room for 16 floats for each sum, with the columns
+ *             rounded up to 16
  *   pack      a panel of `rows` rows of `count` elements: for k = 0, 16, 32, ... 16 elements of the first row, of the
  *             second, and so on, as fp32, zeros after the last. The panel is aligned to 64 bytes
  *   widen16   for each of 16 places k from first: the 16 neighbours at from + k * stride, to element k of 16 rows */
@@ -38,6 +41,8 @@ typedef struct {
     const char *name;
     int tile_rows, tile_columns;
     fn_mm_tile *tile[FN_MM_SOURCES][2 * FN_MM_MOST_ROWS];
+    void (*columns)(const float *a, int64_t rows, const char *b, int64_t k_stride, fn_dtype dtype, int64_t columns,
+                    int64_t count, float *lanes, float *sums, int64_t sums_stride, bool first);
     void (*pack)(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel);
     void (*widen16)(const char *from, int64_t stride, fn_dtype dtype, float *to, int64_t to_stride);
 } fn_mm_kernels;

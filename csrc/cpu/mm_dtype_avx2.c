@@ -17,6 +17,8 @@
 typedef __m256 vector;
 
 static inline vector zero(void) { return _mm256_setzero_ps(); }
+static inline vector broadcast(float x) { return _mm256_set1_ps(x); }
+static inline vector add(vector a, vector b) { return _mm256_add_ps(a, b); }
 static inline vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vector load_f32(const void *p) { return _mm256_loadu_ps(p); }
 static inline vector load_f16(const void *p) { return _mm256_cvtph_ps(_mm_loadu_si128(p)); }

@@ -6,7 +6,8 @@
  *   LANES, vector                    floats in a vector, 4, 8 or 16, and its type
  *   TILE_ROWS, TILE_COLUMNS          of the largest tile, at most FN_MM_MOST_ROWS rows; its sums stay in registers, and
  *                                    are enough to hide an addition's latency
- *   zero, multiply_add               +0 in all lanes; a * b + c, rounded once
+ *   zero, broadcast, add             +0 or x in all lanes; a + b
+ *   multiply_add                     a * b + c, rounded once
  *   load_f32, load_f16, load_bf16    LANES elements from any address, widened
  *   load_part_f32, ...               load_part below, if HAS_MASKED_LOADS is defined
  *   store                            LANES floats
@@ -144,6 +145,97 @@ DEFINE_TILES(three_rows, 3)
 DEFINE_TILES(four_rows, 4)
 #endif
 
+/* ---- columns: a vector holds one lane of neighbouring sums, and the lanes are in memory ----------------------------- */
+
+enum { DEPTH = 4, WIDTH = 2 }; /* of the largest step: k of one lane, vectors */
+#define FOR_DEPTH _Pragma("GCC unroll 4") for (int d = 0; d < depth; d++)
+#define FOR_WIDTH _Pragma("GCC unroll 2") for (int v = 0; v < width; v++)
+
+/* One lane of `rows` x `width` vectors of outputs takes `depth` k. `part`: the elements of the one vector, LANES for a whole
+ * one. a's k lie a_step floats apart, b's b_step bytes, the rows' sums sums_step floats. */
+INLINE void column_step(int depth, int width, int64_t part, const float *a, int64_t a_step, int64_t rows, const char *b,
+                        int64_t b_step, fn_dtype dtype, float *sums, int64_t sums_step) {
+    vector y[DEPTH][WIDTH];
+    FOR_DEPTH FOR_WIDTH {
+        const char *from = b + d * b_step + v * LANES * size_of(dtype);
+        y[d][v] = part >= LANES ? load(from, dtype) : load_part(from, part, dtype);
+        __builtin_prefetch(from + DEPTH * b_step, 0, 2); /* past the last k it fetches what no one needs */
+    }
+    for (int64_t i = 0; i < rows; i++, a += FN_MM_LANES, sums += sums_step) {
+        vector sum[WIDTH];
+        FOR_WIDTH sum[v] = load_f32(sums + v * LANES);
+        FOR_DEPTH {
+            const vector x = broadcast(a[d * a_step]);
+            FOR_WIDTH sum[v] = multiply_add(x, y[d][v], sum[v]);
+        }
+        FOR_WIDTH store(sums + v * LANES, sum[v]);
+    }
+}
+
+INLINE void column_steps(int depth, int64_t columns, const float *a, int64_t a_step, int64_t rows, const char *b,
+                         int64_t b_step, fn_dtype dtype, float *sums, int64_t sums_step) {
+    const int size = size_of(dtype);
+    int64_t j = 0;
+    for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES)
+        column_step(depth, WIDTH, LANES, a, a_step, rows, b + j * size, b_step, dtype, sums + j, sums_step);
+    for (; j < columns; j += LANES)
+        column_step(depth, 1, columns - j, a, a_step, rows, b + j * size, b_step, dtype, sums + j, sums_step);
+}
+
+/* The sums of a row from its lanes, which are lane_size floats apart. `padded`: the contract adds 0 * 0 to some of the lanes
+ * at last, which shows where all are -0. */
+INLINE void fold_columns(const float *lanes, int64_t lane_size, int64_t columns, bool padded, float *sums, bool first) {
+    for (int64_t j = 0; j < columns; j += LANES) {
+        vector lane[FN_MM_LANES];
+        float copy[LANES];
+        _Pragma("GCC unroll 16") for (int l = 0; l < FN_MM_LANES; l++) lane[l] = load_f32(lanes + l * lane_size + j);
+        _Pragma("GCC unroll 8") for (int l = 0; l < 8; l++) lane[l] = add(lane[l], lane[l + 8]);
+        _Pragma("GCC unroll 4") for (int l = 0; l < 4; l++) lane[l] = add(lane[l], lane[l + 4]);
+        vector chunk = add(add(lane[0], lane[2]), add(lane[1], lane[3]));
+        if (padded) chunk = add(chunk, zero());
+        const int64_t left = columns - j;
+        if (left >= LANES) store(sums + j, first ? chunk : add(load_f32(sums + j), chunk));
+        else {
+            memcpy(copy, sums + j, (size_t)left * sizeof *copy);
+            store(copy, first ? chunk : add(load_f32(copy), chunk));
+            memcpy(sums + j, copy, (size_t)left * sizeof *copy);
+        }
+    }
+}
+
+INLINE void columns_as(fn_dtype dtype, const float *a, int64_t rows, const char *b, int64_t k_stride, int64_t columns,
+                       int64_t count, float *lanes, float *sums, int64_t sums_stride, bool first) {
+    const int64_t step = (columns + LANES - 1) / LANES * LANES, lane_size = rows * step;
+    const int64_t a_step = rows * FN_MM_LANES, b_step = FN_MM_LANES * k_stride;
+    memset(lanes, 0, (size_t)(FN_MM_LANES * lane_size) * sizeof *lanes);
+    int64_t k = 0;
+    for (; k + DEPTH * FN_MM_LANES <= count; k += DEPTH * FN_MM_LANES)
+        for (int64_t l = 0; l < FN_MM_LANES; l++)
+            column_steps(DEPTH, columns, a + k * rows + l, a_step, rows, b + (k + l) * k_stride, b_step, dtype,
+                         lanes + l * lane_size, step);
+    for (; k < count; k += FN_MM_LANES)
+        for (int64_t l = 0; l < FN_MM_LANES && k + l < count; l++)
+            column_steps(1, columns, a + k * rows + l, a_step, rows, b + (k + l) * k_stride, b_step, dtype,
+                         lanes + l * lane_size, step);
+    for (int64_t i = 0; i < rows; i++)
+        fold_columns(lanes + i * step, lane_size, columns, count % FN_MM_LANES > 0, sums + i * sums_stride, first);
+}
+
+static void run_columns(const float *a, int64_t rows, const char *b, int64_t k_stride, fn_dtype dtype, int64_t columns,
+                        int64_t count, float *lanes, float *sums, int64_t sums_stride, bool first) {
+    switch (dtype) {
+    case FN_FLOAT16:
+        columns_as(FN_FLOAT16, a, rows, b, k_stride, columns, count, lanes, sums, sums_stride, first);
+        return;
+    case FN_BFLOAT16:
+        columns_as(FN_BFLOAT16, a, rows, b, k_stride, columns, count, lanes, sums, sums_stride, first);
+        return;
+    case FN_FLOAT32:
+    case FN_DTYPE_COUNT: break;
+    }
+    columns_as(FN_FLOAT32, a, rows, b, k_stride, columns, count, lanes, sums, sums_stride, first);
+}
+
 INLINE void pack_as(fn_dtype dtype, const char *from, int64_t stride, int64_t rows, int64_t count, float *panel) {
     const int size = size_of(dtype);
     for (int64_t k = 0; k < count; k += FN_MM_LANES)
@@ -191,6 +283,7 @@ const fn_mm_kernels PATH = {
              [FN_FLOAT16] = {TABLE(f16)},
              [FN_BFLOAT16] = {TABLE(bf16)},
              [FN_MM_PACKED] = {TABLE(packed)}},
+    .columns = run_columns,
     .pack = pack,
     .widen16 = widen16,
 };

@@ -12,6 +12,8 @@
 typedef float32x4_t vector;
 
 static inline vector zero(void) { return vdupq_n_f32(0); }
+static inline vector broadcast(float x) { return vdupq_n_f32(x); }
+static inline vector add(vector a, vector b) { return vaddq_f32(a, b); }
 static inline vector multiply_add(vector a, vector b, vector c) { return vfmaq_f32(c, a, b); }
 /* Through bytes: an address may be odd. */
 static inline vector load_f32(const void *p) { return vreinterpretq_f32_u8(vld1q_u8(p)); }

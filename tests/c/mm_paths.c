@@ -67,7 +67,7 @@ static void every_dtype_and_layout(int repeats, uint64_t *random) {
     const double start = check_seconds();
     static const int64_t lengths[] = {1,  2,  7,   8,   9,   15,   16,   17,   31,   32,  33,
                                       63, 64, 100, 257, 500, 1023, 1024, 1025, 1040, 1100};
-    static const int64_t rows[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 17, 33}, columns[] = {1, 2, 3, 4, 5, 7, 8, 16, 19, 35};
+    static const int64_t rows[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 17, 33}, columns[] = {1, 2, 3, 4, 5, 7, 8, 16, 19, 31, 35};
     for (int dtypes = 0; dtypes < 27; dtypes++)
         for (int a = 0; a < LAYOUTS; a++)
             for (int b = 0; b < LAYOUTS; b++)
@@ -91,8 +91,8 @@ static void large_calls(bool sample, uint64_t *random) {
     const double start = check_seconds();
     static const struct {
         int64_t m, n, k;
-    } sizes[] = {{1, 300, 2100},  {4, 70, 5000},  {37, 67, 1500},   {258, 66, 1030}, {300, 5, 2049},
-                 {2, 1000, 1024}, {5, 129, 3000}, {40, 1100, 1030}, {40, 600, 1100}};
+    } sizes[] = {{1, 300, 2100}, {4, 70, 5000},    {37, 67, 1500},  {258, 66, 1030}, {300, 5, 2049}, {2, 1000, 1024},
+                 {5, 129, 3000}, {40, 1100, 1030}, {40, 600, 1100}, {9, 530, 700},   {3, 1030, 1040}};
     for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++)
         for (int k = 0; k < (sample ? 1 : 12); k++) {
             if (sample && sizes[n].m * sizes[n].n * sizes[n].k > 4000000) continue;
