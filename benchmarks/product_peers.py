@@ -13,7 +13,7 @@ import fusednorm
 from .cases import aligned, numpy_dtype
 from .native import build_c
 from .peers import Ours, Peer, TorchPeer
-from .product_cases import ProductCase
+from .product_cases import LAYOUTS, ProductCase
 from .timing import Call
 
 READ = "read of the weight"
@@ -40,12 +40,13 @@ class ProductOperands:
         rng = np.random.default_rng(4)
         dtype = numpy_dtype(case.dtype)
 
-        def filled(rows: int) -> Any:
-            made = aligned(rows * case.k, dtype).reshape(rows, case.k)
-            made[...] = rng.standard_normal((rows, case.k), np.float32).astype(dtype)
+        def filled(*shape: int) -> Any:
+            made = aligned(shape[0] * shape[1], dtype).reshape(shape)
+            made[...] = rng.standard_normal(shape, np.float32).astype(dtype)
             return made
 
-        self.case, self.a, self.weight = case, filled(case.m), filled(case.n)
+        self.case, self.a = case, filled(case.m, case.k)
+        self.weight = filled(case.n, case.k) if case.layout == LAYOUTS[0] else filled(case.k, case.n).T
         self.out = {name: aligned(case.m * case.n, numpy_dtype(name)).reshape(case.m, case.n) for name in case.outputs}
 
     @staticmethod

@@ -7,7 +7,7 @@ from typing import Any
 
 from .bandwidth import METHOD, Settings, race_all, record_all
 from .peers import Peer
-from .product_cases import ProductCase, product_cases
+from .product_cases import LAYOUTS, ProductCase, product_cases
 from .product_peers import OURS, OURS_ROUNDED, READ, TORCH, TORCH_FP32, ProductOperands
 from .progress import Progress
 from .report import Goal, Report, Table, figure, judge, size
@@ -26,7 +26,8 @@ def run(peers: list[Peer], settings: Settings, head: dict[str, str], progress: P
     wanted = product_cases(settings.threads, settings.dtypes, settings.quick)
     record_all(report, wanted, peers, lambda case: record(case, measure(case, peers, settings)), progress)
     report.notes = [
-        "a (M x K) times the transpose of a weight (N x K), which is read as it lies, into memory that is there.",
+        "a (M x K) times the transpose of a weight (N x K), which is read as it lies, into memory that is there. Where it",
+        "lies K x N, the weight is the transposed view of a K x N array.",
         f"{OURS}: ndarrays of the dtype shown, fp32 result; {OURS_ROUNDED}: 16-bit result. {TORCH}: operands and",
         f"result of the dtype shown. {TORCH_FP32}: the same operands, widened to fp32 before they are timed.",
         "'x PEER': how many times as fast as that peer. Where M is 1, GB/s: the weight's bytes over the time, and 'of",
@@ -54,6 +55,7 @@ def record(case: ProductCase, results: dict[str, Contestant]) -> dict[str, Any]:
         "n": case.n,
         "k": case.k,
         "threads": case.threads,
+        "layout": case.layout,
         "weight_bytes": case.weight_bytes,
         "peers": {
             name: {"median_ns": each.median, "best_ns": each.best, "gflop_per_s": case.flop / each.median}
@@ -66,13 +68,14 @@ def record(case: ProductCase, results: dict[str, Contestant]) -> dict[str, Any]:
 
 
 def tables(records: list[dict[str, Any]], names: list[str]) -> list[Table]:
-    made: dict[tuple[str, int], Table] = {}
+    made: dict[tuple[str, int, str], Table] = {}
     for r in records:
-        key = (r["dtype"], r["threads"])
+        key = _key(r)
         here = [name for name in names if any(name in other["peers"] for other in records if _key(other) == key)]
         ratios = {k: title for k, (title, _, _) in RATIOS.items() if any(_known(o[k]) for o in _of(records, key))}
         if key not in made:
-            title = f"{r['dtype']}; {r['threads']} thread{'s' if r['threads'] > 1 else ''}; microseconds, and ratios"
+            threads = f"{r['threads']} thread{'s' if r['threads'] > 1 else ''}"
+            title = f"{r['dtype']}; {threads}; weight in memory {r['layout']}; microseconds, and ratios"
             columns = ["weight", "bytes", "M", *here, *ratios.values(), "GB/s", "of read"]
             made[key] = Table(title, columns)
         cells = [f"{r['n']} x {r['k']}", size(r["weight_bytes"]), str(r["m"])]
@@ -84,11 +87,11 @@ def tables(records: list[dict[str, Any]], names: list[str]) -> list[Table]:
     return list(made.values())
 
 
-def _key(r: dict[str, Any]) -> tuple[str, int]:
-    return r["dtype"], r["threads"]
+def _key(r: dict[str, Any]) -> tuple[str, int, str]:
+    return r["dtype"], r["threads"], r["layout"]
 
 
-def _of(records: list[dict[str, Any]], key: tuple[str, int]) -> list[dict[str, Any]]:
+def _of(records: list[dict[str, Any]], key: tuple[str, int, str]) -> list[dict[str, Any]]:
     return [r for r in records if _key(r) == key]
 
 
@@ -100,7 +103,8 @@ def goals(records: list[dict[str, Any]]) -> list[Goal]:
     places = " and ".join(f"{n} x {k}" for n, k in GOAL_SHAPES)
 
     def values(key: str, dtype: str) -> dict[str, float]:
-        return {_title(r): r[key] for r in records if r["dtype"] == dtype and (r["n"], r["k"]) in GOAL_SHAPES}
+        chosen = [r for r in records if r["layout"] == LAYOUTS[0] and (r["n"], r["k"]) in GOAL_SHAPES]
+        return {_title(r): r[key] for r in chosen if r["dtype"] == dtype}
 
     return [
         judge(f">= 0.5 times {TORCH} in fp32 at {places}", values("times_torch", "float32"), 0.5),
@@ -109,4 +113,4 @@ def goals(records: list[dict[str, Any]]) -> list[Goal]:
 
 
 def _title(r: dict[str, Any]) -> str:
-    return ProductCase(r["dtype"], r["m"], r["n"], r["k"], r["threads"]).text()
+    return ProductCase(r["dtype"], r["m"], r["n"], r["k"], r["threads"], r["layout"]).text()

@@ -27,10 +27,13 @@ def present() -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", helpers.DTYPES)
-def test_contestants_multiply(dtype: str) -> None:
+@pytest.mark.parametrize("layout", product_cases.LAYOUTS)
+def test_contestants_multiply(layout: str, dtype: str) -> None:
     """On whole numbers, whose products and sums every dtype of a result holds: no order of additions differs."""
-    case = product_cases.ProductCase(dtype, 3, 20, 70, 1)
+    case = product_cases.ProductCase(dtype, 3, 20, 70, 1, layout)
     operands = product_peers.ProductOperands(case)
+    assert operands.weight.shape == (20, 70)
+    assert operands.weight.flags.c_contiguous == (layout == "N x K")
     rng = helpers.seeded("benchmark", dtype)
     operands.a[...] = rng.integers(-1, 2, operands.a.shape).astype(operands.a.dtype)
     operands.weight[...] = rng.integers(-1, 2, operands.weight.shape).astype(operands.weight.dtype)
@@ -101,15 +104,19 @@ def test_table_and_goals() -> None:
     fp32, bf16 = products.goals(records)
     assert (fp32.met, bf16.met) == (None, False)
     assert any("0.25  bfloat16, 256 x 7168, M 16, 2 threads" in line for line in bf16.lines())
-    assert "bfloat16; 2 threads" in Report("products", {"command": "-"}, tables=[table]).text()
+    assert "bfloat16; 2 threads; weight in memory N x K" in Report("products", {"command": "-"}, tables=[table]).text()
 
 
 def test_cases() -> None:
     cases = product_cases.product_cases((1, 2), ("float32", "float16", "bfloat16"), quick=False)
-    assert len(cases) == len(set(cases)) == 2 * 2 * 3 * 3
+    assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 3 * 3
     assert {(case.n, case.k) for case in cases} == {(256, 7168), (128, 4096), (4096, 4096)}
     assert {case.m for case in cases} == {1, 16, 256}
     assert {case.n for case in product_cases.product_cases((1,), ("float32",), quick=True)} == {256}
     case = product_cases.ProductCase("bfloat16", 3, 20, 70, 1)
     assert case.outputs == ("float32", "bfloat16")
     assert case.text() == "bfloat16, 20 x 70, M 3, 1 thread"
+    assert (
+        product_cases.ProductCase("float32", 3, 20, 70, 2, "K x N").text()
+        == "float32, 20 x 70 as K x N, M 3, 2 threads"
+    )
