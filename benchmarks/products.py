@@ -26,8 +26,8 @@ def run(peers: list[Peer], settings: Settings, head: dict[str, str], progress: P
     wanted = product_cases(settings.threads, settings.dtypes, settings.quick)
     record_all(report, wanted, peers, lambda case: record(case, measure(case, peers, settings)), progress)
     report.notes = [
-        "a (M x K) times the transpose of a weight (N x K), which is read as it lies, into memory that is there. Where it",
-        "lies K x N, the weight is the transposed view of a K x N array.",
+        "a (M x K) times the transpose of a weight (N x K), which is read as it lies, into memory that is there. Where",
+        "that is K x N, the weight is the transposed view of a K x N array.",
         f"{OURS}: ndarrays of the dtype shown, fp32 result; {OURS_ROUNDED}: 16-bit result. {TORCH}: operands and",
         f"result of the dtype shown. {TORCH_FP32}: the same operands, widened to fp32 before they are timed.",
         "'x PEER': how many times as fast as that peer. Where M is 1, GB/s: the weight's bytes over the time, and 'of",
