@@ -260,7 +260,7 @@ class Run:
         workers = {"suite": self.options.workers, "exhaustive": min(4, self.options.workers), "large": 1}[part]
         if workers > 1 and importlib.util.find_spec("xdist"):
             words += ["-n", str(workers), "--dist", "worksteal"]
-        child = Child(part, words, log, self.seconds_for(part), self.test_environment())
+        child = Child(part, words, log, self.seconds_for(part), self.test_environment(workers))
         child.wait()
         counts, compared = counts_of(junit), elements_compared(log, part)
         result, notes = child.result(), [", ".join(f"{number} {word}" for word, number in counts.items() if number)]
@@ -270,9 +270,13 @@ class Run:
             result = CANNOT
         self.ended(part, result, child.seconds(), "; ".join(filter(None, [*notes, compared])))
 
-    def test_environment(self) -> dict[str, str]:
-        # Workers and OpenMP's threads are more than the processors; JAX would take most of the GPU for itself.
-        environment = {"OMP_WAIT_POLICY": "passive", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    def test_environment(self, workers: int = 1) -> dict[str, str]:
+        # The workers share the processors; JAX would take most of the GPU for itself.
+        environment = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers)),
+            "OMP_WAIT_POLICY": "passive",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        }
         if self.options.paths:
             environment["FUSEDNORM_TEST_PATHS"] = self.options.paths
         return environment
