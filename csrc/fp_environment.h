@@ -14,6 +14,9 @@
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #define FN_X86 1
+#if (defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 10)
+#define FN_AVX512_BF16 1 /* the compiler knows its instructions */
+#endif
 #elif defined(__aarch64__)
 #define FN_ARM64 1
 #else

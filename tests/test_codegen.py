@@ -28,7 +28,7 @@ PRODUCT_FILES = re.compile(r"mm_dtype_(scalar|avx2|avx512|neon)\.c")
 PRODUCT_FUNCTION = "fn_mm_scalar"
 MULTIPLY_ADD = re.compile(r"vfmadd\d{3}[ps]s|fmla|fmadd|fmaf")
 
-# Two multiply-adds that flush subnormals: in the tiles that run where none can occur, and in them alone.
+# Two multiply-adds that flush subnormals: in the functions that know where none can occur, and in them alone.
 PAIRS_FILE, PAIRS_FUNCTION, PAIRS = "mm_dtype_avx512.c", "pairs_", "vdpbf16ps"
 
 # Their presence shows that the norms were disassembled at all.

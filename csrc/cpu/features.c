@@ -16,7 +16,7 @@ static uint64_t xcr0(void) {
 }
 
 bool fn_cpu_supports(fn_path path) {
-    unsigned a, b, c, d, a71 = 0, b7 = 0, ignored;
+    unsigned a, b, c, d, b7 = 0, ignored;
     if (path == FN_PATH_SCALAR) return true;
     if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
     if (!(c & bit_OSXSAVE) || !(c & bit_AVX)) return false;
@@ -27,8 +27,10 @@ bool fn_cpu_supports(fn_path path) {
     if (path == FN_PATH_AVX2) return (enabled & ymm) == ymm && (b7 & bit_AVX2) && (c & bit_F16C) && (c & bit_FMA);
     const bool has_avx512 = (enabled & zmm) == zmm && (b7 & avx512) == avx512;
     if (path == FN_PATH_AVX512) return has_avx512;
+#if defined(FN_AVX512_BF16)
     if (path == FN_PATH_AVX512_BF16)
-        return has_avx512 && __get_cpuid_count(7, 1, &a71, &ignored, &ignored, &ignored) && (a71 & bit_AVX512BF16);
+        return has_avx512 && __get_cpuid_count(7, 1, &a, &ignored, &ignored, &ignored) && (a & bit_AVX512BF16);
+#endif
     return false;
 }
 #else

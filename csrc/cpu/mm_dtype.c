@@ -4,8 +4,8 @@
  * to fp32, where a tile's rows alternate every 16 elements: one aligned stream of memory, without the conflicts of
  * rows that lie a multiple of 4 KiB apart. Four ways to read b:
  *
- *   FROM_ROWS     few rows of a (decode): a is packed once, then b's rows are read where they lie, from end to end,
- *                 widened in registers.
+ *   FROM_ROWS     few rows of a (decode): a is packed once, if there is room, then b's rows are read where they lie, from
+ *                 end to end, widened in registers.
  *   FROM_COLUMNS  the same where it is b's columns whose elements lie side by side.
  *   BY_BLOCKS     more rows: b is packed too. A group of a's rows is packed for one chunk of K, then b block by block.
  *                 Each of b's panels serves all rows of a group, each of a's all columns of a strip; tiles fetch what is
@@ -26,16 +26,15 @@
 
 #include <stdlib.h>
 
-/* A thread's scratch has at most 2.51 MiB: a and the sums 1 MiB each, b 256 KiB, and 260 KiB for what must be gathered
- * first, because its elements do not lie side by side. */
+/* A thread's scratch has at most 2.51 MiB: a and the sums 1 MiB each, b 256 KiB (the lanes of FROM_COLUMNS 512), and 260 KiB
+ * for what must be gathered first, because its elements do not lie side by side. */
 enum {
     GROUP_ROWS = 256,                   /* rows of a that are packed together: 1 MiB of a chunk */
     BLOCK_ROWS = 64,                    /* of them, that go through all columns of a block: 256 KiB of a chunk */
     BLOCK_COLUMNS = 64,                 /* columns of b that are packed together: 256 KiB of a chunk */
     STRIP_COLUMNS = 1024,               /* columns whose sums are kept, with GROUP_ROWS: 1 MiB */
-    FEW_ROWS = 32,                      /* of a: up to so many, b is read where it lies if it can be */
+    FEW_ROWS = 32,                      /* of a: up to so many, b is read where it lies, or packed panel by panel */
     ROWS_OF_PAIRS = 8,                  /* from so many rows on, operands of bfloat16 are multiplied in pairs */
-    ROWS_OF_COLUMNS = 17,               /* from so many, rather in pairs than from columns */
     STACK_FLOATS = 4096,                /* of scratch, for small calls on one thread */
     GATHERED_STRIDE = FN_MM_CHUNK + 16, /* floats; rows 4 KiB apart would share the same few places of a cache */
 };
@@ -46,7 +45,9 @@ static const fn_mm_kernels *const paths[FN_PATH_COUNT] = {
 #if defined(FN_X86)
     [FN_PATH_AVX2] = &fn_mm_avx2,
     [FN_PATH_AVX512] = &fn_mm_avx512,
+#if defined(FN_AVX512_BF16)
     [FN_PATH_AVX512_BF16] = &fn_mm_avx512,
+#endif
 #elif defined(FN_ARM64)
     [FN_PATH_NEON] = &fn_mm_neon,
 #endif
@@ -54,7 +55,7 @@ static const fn_mm_kernels *const paths[FN_PATH_COUNT] = {
 
 /* For two operands of bfloat16. */
 static const fn_mm_pairs *const pair_paths[FN_PATH_COUNT] = {
-#if defined(FN_X86)
+#if defined(FN_AVX512_BF16)
     [FN_PATH_AVX512_BF16] = &fn_mm_avx512_bf16,
 #endif
 };
@@ -228,7 +229,8 @@ static void finish(const product *p, int64_t row, int64_t rows, int64_t column, 
 
 typedef struct {
     float *sums, *a, *b, *gathered;
-    int a_least[GROUP_ROWS], b_least[BLOCK_COLUMNS];
+    /* a's of all chunks where they are packed at once: at most GROUP_ROWS before the last chunk's. */
+    int a_least[GROUP_ROWS + FEW_ROWS], b_least[BLOCK_COLUMNS];
 } scratch;
 
 /* A chunk's part, from k, of the sums of rows [row, row + rows) and columns [column, column + columns). */
@@ -246,8 +248,12 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
         const bool packs_a = !p->whole && j == 0;
         if (p->way == FROM_COLUMNS) {
             if (packs_a) pack(p, &p->a, row, rows, k, count, p->a_panel_end, a, a_least, s->gathered);
-            p->kernels->columns(a, rows, b, p->b.k_stride, p->b.dtype, block_columns, count, s->b, sums + j,
-                                p->sums_stride, k == 0);
+            if (p->pairs)
+                p->pairs->columns(a, a_least[0], rows, b, p->b.k_stride, block_columns, count, s->b, sums + j,
+                                  p->sums_stride, k == 0);
+            else
+                p->kernels->columns(a, rows, b, p->b.k_stride, p->b.dtype, block_columns, count, s->b, sums + j,
+                                    p->sums_stride, k == 0);
             continue;
         }
         if (p->way != FROM_ROWS) {
@@ -327,9 +333,8 @@ static void prepare(product *p, const fn_mm_plan *plan, fn_path path) {
     p->whole = few && k <= GROUP_ROWS * FN_MM_CHUNK / plan->m; /* no more memory than a group */
     if (few && p->b.in_rows && !p->pairs) p->way = FROM_ROWS;
     else if (few && p->b.in_rows && p->whole) p->way = BY_PANELS;
-    else if (few && b_in_columns && (!p->pairs || plan->m < ROWS_OF_COLUMNS)) p->way = FROM_COLUMNS;
+    else if (few && b_in_columns && (plan->m <= 8 || plan->n >= 64)) p->way = FROM_COLUMNS;
     else p->way = BY_BLOCKS;
-    if (p->way == FROM_COLUMNS) p->pairs = NULL;
     p->a_panel_end = p->way == FROM_COLUMNS ? one_panel_end : a_panel_end;
 
     /* The wider, the longer the pieces of memory: 16 lanes of so many sums for each row of a have 256 KiB, or 512. */

@@ -58,9 +58,12 @@ typedef struct {
 typedef struct {
     fn_mm_tile *tile[2 * FN_MM_MOST_ROWS];       /* for two panels whose least exponents suffice */
     fn_mm_tile *exact_tile[2 * FN_MM_MOST_ROWS]; /* for any two: takes the pairs apart */
-    /* `from`: bfloat16, or bfloat16 numbers as floats. Returns the least exponent of those that are not zero, FN_MM_NEVER
-     * if one is subnormal. */
+    /* `from`: bfloat16, or bfloat16 numbers as floats. Returns the least exponent of those that are not zero, a large
+     * number if all are, FN_MM_NEVER if one is subnormal. */
     int (*pack)(const char *from, int64_t stride, fn_dtype dtype, int64_t rows, int64_t count, float *panel);
+    /* As in fn_mm_kernels. b's exponents are seen on the way; if they do not suffice, all is done again. */
+    void (*columns)(const float *a, int a_least, int64_t rows, const char *b, int64_t k_stride, int64_t columns,
+                    int64_t count, float *lanes, float *sums, int64_t sums_stride, bool first);
 } fn_mm_pairs;
 
 #define FN_MM_LEAST_EXPONENTS (2 * 134 - 126) /* of both operands, added */
@@ -71,7 +74,9 @@ void fn_mm_scalar(const fn_mm_plan *plan, int64_t m, int64_t m_end, int64_t n, i
 
 #if defined(FN_X86)
 extern const fn_mm_kernels fn_mm_avx2, fn_mm_avx512;
+#if defined(FN_AVX512_BF16)
 extern const fn_mm_pairs fn_mm_avx512_bf16;
+#endif
 #elif defined(FN_ARM64)
 extern const fn_mm_kernels fn_mm_neon;
 #endif

@@ -1,4 +1,5 @@
-/* mm_dtype_avx512.c: the product's vocabulary in AVX-512 (F, BW, DQ, VL): the 16 lanes of a sum are one vector. */
+/* mm_dtype_avx512.c: the product's vocabulary in AVX-512 (F, BW, DQ, VL): the 16 lanes of a sum are one vector. Then pairs of
+ * bfloat16, which need AVX512_BF16 too. */
 #include "mm_dtype.h"
 
 #if defined(FN_X86)
@@ -27,13 +28,13 @@ static inline vector load_bf16(const void *p) {
 }
 
 #define HAS_MASKED_LOADS
-static inline __mmask16 first(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1); }
-static inline vector load_part_f32(const void *p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
+static inline __mmask16 lanes_of(int64_t count) { return (__mmask16)(count >= 16 ? 0xffff : (1 << count) - 1); }
+static inline vector load_part_f32(const void *p, int64_t count) { return _mm512_maskz_loadu_ps(lanes_of(count), p); }
 static inline vector load_part_f16(const void *p, int64_t count) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(count), p));
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes_of(count), p));
 }
 static inline vector load_part_bf16(const void *p, int64_t count) {
-    const __m512i elements = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(count), p));
+    const __m512i elements = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_of(count), p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(elements, 16));
 }
 static inline void store(float *p, vector v) { _mm512_storeu_ps(p, v); }
@@ -113,6 +114,7 @@ static inline void transpose16(const vector block[16][1], float *to, int64_t to_
 
 /* ---- pairs of bfloat16 ----------------------------------------------------------------------------------------------- */
 
+#if defined(FN_AVX512_BF16)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))),                 \
                              apply_to = function)
@@ -237,10 +239,96 @@ static int pack_pairs(const char *from, int64_t stride, fn_dtype dtype, int64_t 
     return pack_pairs_as(FN_BFLOAT16, from, stride, rows, count, panel);
 }
 
+/* 16 pairs of neighbouring columns, the first `part` of them: from[] above, 0 or the elements `low` bytes on below. */
+INLINE __m512i column_pairs(const char *from, bool both, int64_t low, int64_t part) {
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_of(part), from));
+    const __m512i pairs = _mm512_slli_epi32(high, 16);
+    if (!both) return pairs;
+    return _mm512_or_si512(pairs, _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes_of(part), from + low)));
+}
+
+/* As column_step(), mm_dtype_lanes.h, with `depth` pairs: of one k each if not `both`. Returns less_of() all of b's. */
+INLINE __m512i pair_column_step(bool exact, int depth, bool both, int width, int64_t part, const float *a,
+                                int64_t a_step, int64_t rows, const char *b, int64_t b_step, float *sums,
+                                int64_t sums_step, __m512i least) {
+    vector y[DEPTH / 2][WIDTH];
+    FOR_DEPTH FOR_WIDTH {
+        const char *from = b + 2 * d * b_step + v * LANES * 2;
+        const __m512i pairs = column_pairs(from, both, b_step, part);
+        __builtin_prefetch(from + DEPTH * b_step, 0, 2);
+        __builtin_prefetch(from + (DEPTH + 1) * b_step, 0, 2);
+        least = less_of(least, pairs);
+        y[d][v] = _mm512_castsi512_ps(pairs);
+    }
+    for (int64_t i = 0; i < rows; i++, a += LANES, sums += sums_step) {
+        vector sum[WIDTH];
+        FOR_WIDTH sum[v] = load_f32(sums + v * LANES);
+        FOR_DEPTH {
+            const vector x = broadcast(a[d * a_step]);
+            FOR_WIDTH {
+                if (!exact) sum[v] = _mm512_dpbf16_ps(sum[v], (__m512bh)x, (__m512bh)y[d][v]);
+                else sum[v] = multiply_add(high_half(x), high_half(y[d][v]), sum[v]);
+                if (exact && both) sum[v] = multiply_add(low_half(x), low_half(y[d][v]), sum[v]);
+            }
+        }
+        FOR_WIDTH store(sums + v * LANES, sum[v]);
+    }
+    return least;
+}
+
+INLINE __m512i pair_column_steps(bool exact, int depth, bool both, int64_t columns, const float *a, int64_t rows,
+                                 const char *b, int64_t b_step, float *sums, int64_t sums_step, __m512i least) {
+    const int64_t a_step = rows * LANES;
+    int64_t j = 0;
+    for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES)
+        least = pair_column_step(exact, depth, both, WIDTH, LANES, a, a_step, rows, b + j * 2, b_step, sums + j,
+                                 sums_step, least);
+    for (; j < columns; j += LANES)
+        least = pair_column_step(exact, depth, both, 1, columns - j, a, a_step, rows, b + j * 2, b_step, sums + j,
+                                 sums_step, least);
+    return least;
+}
+
+/* All lanes of a chunk. Returns b's least exponent. */
+INLINE int pair_lanes(bool exact, const float *a, int64_t rows, const char *b, int64_t k_stride, int64_t columns,
+                      int64_t count, float *lanes, int64_t step) {
+    const int64_t lane_size = rows * step, b_step = FN_MM_LANES * k_stride;
+    __m512i least = _mm512_set1_epi32(-1);
+    memset(lanes, 0, (size_t)(FN_MM_LANES * lane_size) * sizeof *lanes);
+    for (int64_t k = 0, depth; k < count; k += 2 * depth * FN_MM_LANES) {
+        depth = count - k >= DEPTH * FN_MM_LANES ? DEPTH / 2 : count - k >= DEPTH / 2 * FN_MM_LANES ? DEPTH / 4 : 1;
+        for (int64_t l = 0; l < FN_MM_LANES && k + l < count; l++) {
+            const float *x = a + k / 2 * rows + l;
+            const char *y = b + (k + l) * k_stride;
+            float *lane = lanes + l * lane_size;
+            if (depth == DEPTH / 2)
+                least = pair_column_steps(exact, DEPTH / 2, true, columns, x, rows, y, b_step, lane, step, least);
+            else if (depth > 1)
+                least = pair_column_steps(exact, DEPTH / 4, true, columns, x, rows, y, b_step, lane, step, least);
+            else if (k + l + FN_MM_LANES < count)
+                least = pair_column_steps(exact, 1, true, columns, x, rows, y, b_step, lane, step, least);
+            else least = pair_column_steps(exact, 1, false, columns, x, rows, y, b_step, lane, step, least);
+        }
+    }
+    return least_exponent(least);
+}
+
+static void pairs_columns(const float *a, int a_least, int64_t rows, const char *b, int64_t k_stride, int64_t columns,
+                          int64_t count, float *lanes, float *sums, int64_t sums_stride, bool first) {
+    const int64_t step = (columns + LANES - 1) / LANES * LANES;
+    int b_least = 254; /* the greatest of a finite number */
+    if (a_least + b_least >= FN_MM_LEAST_EXPONENTS)
+        b_least = pair_lanes(false, a, rows, b, k_stride, columns, count, lanes, step);
+    if (a_least + b_least < FN_MM_LEAST_EXPONENTS) pair_lanes(true, a, rows, b, k_stride, columns, count, lanes, step);
+    for (int64_t i = 0; i < rows; i++)
+        fold_columns(lanes + i * step, rows * step, columns, count % FN_MM_LANES > 0, sums + i * sums_stride, first);
+}
+
 const fn_mm_pairs fn_mm_avx512_bf16 = {
     .tile = PAIR_TILES(pairs),
     .exact_tile = PAIR_TILES(exact),
     .pack = pack_pairs,
+    .columns = pairs_columns,
 };
 
 #if defined(__clang__)
@@ -248,4 +336,5 @@ const fn_mm_pairs fn_mm_avx512_bf16 = {
 #else
 #pragma GCC pop_options
 #endif
+#endif /* FN_AVX512_BF16 */
 #endif

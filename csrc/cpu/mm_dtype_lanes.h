@@ -147,8 +147,8 @@ DEFINE_TILES(four_rows, 4)
 
 /* ---- columns: a vector holds one lane of neighbouring sums, and the lanes are in memory ----------------------------- */
 
-enum { DEPTH = 4, WIDTH = 2 }; /* of the largest step: k of one lane, vectors */
-#define FOR_DEPTH _Pragma("GCC unroll 4") for (int d = 0; d < depth; d++)
+enum { DEPTH = LANES == 8 ? 4 : 8, WIDTH = 2 }; /* of the largest step: k of one lane, vectors; AVX2 has 16 registers */
+#define FOR_DEPTH _Pragma("GCC unroll 8") for (int d = 0; d < depth; d++)
 #define FOR_WIDTH _Pragma("GCC unroll 2") for (int v = 0; v < width; v++)
 
 /* One lane of `rows` x `width` vectors of outputs takes `depth` k. `part`: the elements of the one vector, LANES for a whole
@@ -208,15 +208,17 @@ INLINE void columns_as(fn_dtype dtype, const float *a, int64_t rows, const char 
     const int64_t step = (columns + LANES - 1) / LANES * LANES, lane_size = rows * step;
     const int64_t a_step = rows * FN_MM_LANES, b_step = FN_MM_LANES * k_stride;
     memset(lanes, 0, (size_t)(FN_MM_LANES * lane_size) * sizeof *lanes);
-    int64_t k = 0;
-    for (; k + DEPTH * FN_MM_LANES <= count; k += DEPTH * FN_MM_LANES)
-        for (int64_t l = 0; l < FN_MM_LANES; l++)
-            column_steps(DEPTH, columns, a + k * rows + l, a_step, rows, b + (k + l) * k_stride, b_step, dtype,
-                         lanes + l * lane_size, step);
-    for (; k < count; k += FN_MM_LANES)
-        for (int64_t l = 0; l < FN_MM_LANES && k + l < count; l++)
-            column_steps(1, columns, a + k * rows + l, a_step, rows, b + (k + l) * k_stride, b_step, dtype,
-                         lanes + l * lane_size, step);
+    for (int64_t k = 0, depth; k < count; k += depth * FN_MM_LANES) {
+        depth = count - k >= DEPTH * FN_MM_LANES ? DEPTH : count - k >= DEPTH / 2 * FN_MM_LANES ? DEPTH / 2 : 1;
+        for (int64_t l = 0; l < FN_MM_LANES && k + l < count; l++) {
+            const float *x = a + k * rows + l;
+            const char *y = b + (k + l) * k_stride;
+            float *lane = lanes + l * lane_size;
+            if (depth == DEPTH) column_steps(DEPTH, columns, x, a_step, rows, y, b_step, dtype, lane, step);
+            else if (depth > 1) column_steps(DEPTH / 2, columns, x, a_step, rows, y, b_step, dtype, lane, step);
+            else column_steps(1, columns, x, a_step, rows, y, b_step, dtype, lane, step);
+        }
+    }
     for (int64_t i = 0; i < rows; i++)
         fold_columns(lanes + i * step, lane_size, columns, count % FN_MM_LANES > 0, sums + i * sums_stride, first);
 }

@@ -120,7 +120,9 @@ const fn_norm_kernels *const fn_norm_paths[FN_PATH_COUNT] = {
 #if defined(FN_X86)
     [FN_PATH_AVX2] = &fn_norm_avx2,
     [FN_PATH_AVX512] = &fn_norm_avx512,
+#if defined(FN_AVX512_BF16)
     [FN_PATH_AVX512_BF16] = &fn_norm_avx512, /* whose conversion to bfloat16 would lose subnormals */
+#endif
 #elif defined(FN_ARM64)
     [FN_PATH_NEON] = &fn_norm_neon,
 #endif

@@ -2,9 +2,15 @@
 #ifndef MM_CASE_H
 #define MM_CASE_H
 
+#if !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE /* mmap's MAP_ANONYMOUS */
+#endif
 #include "check.h"
 #include "exact_dtypes.h"
 #include "fusednorm.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum { A, B, BIAS, OUT, ROLES };
 static const char *const role_names[ROLES] = {"a", "b", "bias", "out"};
@@ -14,6 +20,8 @@ static const char *const role_names[ROLES] = {"a", "b", "bias", "out"};
 typedef struct {
     unsigned char *memory, *expected; /* expected: of out */
     int64_t bytes, shape[2], stride[2];
+    unsigned char *pages; /* or NULL: memory is malloc's */
+    int64_t page_bytes;
     fn_tensor tensor;
 } matrix;
 
@@ -139,6 +147,16 @@ static void fill(matrix *x, int role, int values, uint64_t *random) {
         }
 }
 
+/* `bytes` that end where a page begins that cannot be read. */
+static unsigned char *before_a_wall(matrix *x) {
+    const int64_t page = sysconf(_SC_PAGESIZE);
+    x->page_bytes = (x->bytes + page - 1) / page * page + page;
+    x->pages = mmap(NULL, (size_t)x->page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (x->pages == MAP_FAILED || mprotect(x->pages + x->page_bytes - page, (size_t)page, PROT_NONE) != 0)
+        CHECK_FAIL("no pages for an operand");
+    return x->pages + x->page_bytes - page - x->bytes;
+}
+
 static void build_matrix(product_case *c, int role, fn_dtype dtype, int64_t rows, int64_t columns, uint64_t *random) {
     matrix *x = &c->arrays[role];
     const int64_t item = fn_dtypes[dtype].bytes;
@@ -156,7 +174,15 @@ static void build_matrix(product_case *c, int role, fn_dtype dtype, int64_t rows
         outer_stride = -outer_stride;
     }
     if (layout == REPEATED && role != OUT) *(random_below(random, 2) ? &inner_stride : &outer_stride) = 0;
-    x->memory = malloc((size_t)x->bytes);
+    const bool wall = role != OUT && rows > 0 && columns > 0 && random_below(random, 2);
+    if (wall) {
+        const int64_t first_stride = transposed ? inner_stride : outer_stride;
+        const int64_t second_stride = transposed ? outer_stride : inner_stride;
+        x->bytes = first + item + (first_stride > 0 ? (rows - 1) * first_stride : 0) +
+                   (second_stride > 0 ? (columns - 1) * second_stride : 0);
+    }
+    x->pages = NULL;
+    x->memory = wall ? before_a_wall(x) : malloc((size_t)x->bytes);
     x->expected = role == OUT ? malloc((size_t)x->bytes) : NULL;
     if (!x->memory || (role == OUT && !x->expected)) CHECK_FAIL("no memory for %s", role_names[role]);
     x->shape[0] = rows;
@@ -196,7 +222,8 @@ static void build_case(product_case *c, int dtypes, uint64_t *random) {
 
 static void free_case(product_case *c) {
     for (int role = 0; role < ROLES; role++) {
-        free(c->arrays[role].memory);
+        if (c->arrays[role].pages) munmap(c->arrays[role].pages, (size_t)c->arrays[role].page_bytes);
+        else free(c->arrays[role].memory);
         free(c->arrays[role].expected);
     }
 }

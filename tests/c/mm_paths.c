@@ -1,10 +1,10 @@
 /* mm_paths.c: fn_mm on every available CPU path against the contract written once more, output by output.
  *
  * All combinations of dtypes, with and without bias, K around lanes and chunks, N and M around tiles and blocks,
- * strides of every kind (rows or columns side by side, gaps, negative, zero, odd addresses), signed zeros, subnormals,
- * infinities and NaNs, one to four threads, a caller with another rounding mode and with flush-to-zero. What is
- * compared is the whole memory of the output: results bit for bit (a NaN with any NaN), the bytes around and between
- * them unchanged.
+ * strides of every kind (rows or columns side by side, gaps, negative, zero, odd addresses), operands that end where the
+ * memory does, signed zeros, subnormals, infinities and NaNs, one to four threads, a caller with another rounding mode
+ * and with flush-to-zero. What is compared is the whole memory of the output: results bit for bit (a NaN with any NaN),
+ * the bytes around and between them unchanged.
  */
 #include "mm_case.h"
 #include "paths.h"
@@ -67,7 +67,8 @@ static void every_dtype_and_layout(int repeats, uint64_t *random) {
     const double start = check_seconds();
     static const int64_t lengths[] = {1,  2,  7,   8,   9,   15,   16,   17,   31,   32,  33,
                                       63, 64, 100, 257, 500, 1023, 1024, 1025, 1040, 1100};
-    static const int64_t rows[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 17, 33}, columns[] = {1, 2, 3, 4, 5, 7, 8, 16, 19, 31, 35};
+    static const int64_t rows[] = {1, 1, 2, 3, 4, 5, 6, 7, 8, 17, 33},
+                         columns[] = {1, 2, 3, 4, 5, 7, 8, 16, 19, 31, 35};
     for (int dtypes = 0; dtypes < 27; dtypes++)
         for (int a = 0; a < LAYOUTS; a++)
             for (int b = 0; b < LAYOUTS; b++)
@@ -119,6 +120,17 @@ static void pairs_of_bfloat16(int repeats, uint64_t *random) {
         for (int role = 0; role < ROLES; role++) c.layout[role] = (int)random_below(random, n % 3 ? 2 : LAYOUTS);
         build_case(&c, BOTH + 9 * (n % 3 ? FN_FLOAT32 : (int)random_below(random, 3)), random);
         run_case(&c, n % 5 ? 1 : 3);
+        free_case(&c);
+    }
+    /* Few rows, packed for all chunks at once: as many chunks as there may be, the last one short. */
+    static const int64_t long_sizes[][3] = {{12, 4, 21840}, {9, 3, 29120}, {28, 5, 9360}, {31, 9, 8448}, {32, 4, 8193}};
+    enum { LONG_SIZES = sizeof long_sizes / sizeof *long_sizes };
+    for (int n = 0; n < 6 * LONG_SIZES; n++) {
+        const int64_t *size = long_sizes[n % LONG_SIZES];
+        product_case c = {.m = size[0], .n = size[1], .k = size[2], .values = NEAR_SUBNORMAL};
+        c.layout[B] = n < 4 * LONG_SIZES ? COLUMNS : GAPS;
+        build_case(&c, BOTH + 9 * FN_FLOAT32, random);
+        run_case(&c, 1);
         free_case(&c);
     }
     report("pairs of bfloat16", start);
