@@ -15,7 +15,7 @@
  *
  * Panels of 1024 k stream from the second-level cache as fast as they are used. On a Zen 4 core at 3.66 GHz, which has
  * 117 GFLOP/s of fused multiply-adds, tiles of 4 x 4, 6 x 4 and 5 x 5 reach 115 from panels of fp32, a whole product
- * with M = 256 reaches 108. Folding the lanes costs 1.5 %, packing and memory the rest. On a Zen 5 core with 470 GFLOP/s
+ * of bfloat16 by them with M = 256 reaches 108. Folding the lanes costs 1.5 %, packing and memory the rest. On a Zen 5 core with 470 GFLOP/s
  * of VDPBF16PS, M = 256 reaches 440 with pairs.
  */
 #include "mm_dtype.h"
@@ -45,9 +45,7 @@ static const fn_mm_kernels *const paths[FN_PATH_COUNT] = {
 #if defined(FN_X86)
     [FN_PATH_AVX2] = &fn_mm_avx2,
     [FN_PATH_AVX512] = &fn_mm_avx512,
-#if defined(FN_AVX512_BF16)
     [FN_PATH_AVX512_BF16] = &fn_mm_avx512,
-#endif
 #elif defined(FN_ARM64)
     [FN_PATH_NEON] = &fn_mm_neon,
 #endif
@@ -68,9 +66,6 @@ typedef struct {
     bool in_rows; /* elements side by side in rows */
 } operand;
 
-/* Where a panel that starts at row `begin` of a block of `rows` ends. */
-typedef int64_t panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin);
-
 typedef enum { FROM_ROWS, FROM_COLUMNS, BY_PANELS, BY_BLOCKS } way;
 
 typedef struct {
@@ -80,8 +75,7 @@ typedef struct {
     const fn_mm_plan *plan;
     operand a, b;
     way way;
-    bool whole; /* all chunks of a are packed before the first tile */
-    panel_end *a_panel_end;
+    bool whole;                                       /* all chunks of a are packed before the first tile */
     int64_t block_columns;                            /* of b, that are packed or read together */
     int64_t run_columns;                              /* that go through all chunks together */
     int64_t sums_stride;                              /* of a thread's sums, in floats */
@@ -114,20 +108,18 @@ static int64_t panel_row(const product *p, int64_t count) {
     return p->pairs ? round_up(count, 2 * FN_MM_LANES) / 2 : round_up(count, FN_MM_LANES);
 }
 
-/* a's: as even as can be. */
-static int64_t a_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin) {
-    const int64_t left = rows - begin, panels = (left + kernels->tile_rows - 1) / kernels->tile_rows;
+/* Where a panel that starts at row `begin` of a block ends. a's: as even as can be, or all rows in one. */
+static int64_t a_panel_end(const product *p, int64_t rows, int64_t begin) {
+    if (p->way == FROM_COLUMNS) return rows;
+    const int64_t left = rows - begin, panels = (left + p->kernels->tile_rows - 1) / p->kernels->tile_rows;
     return begin + (left + panels - 1) / panels;
 }
 /* b's: as many columns as a tile has, then one by one. */
-static int64_t b_panel_end(const fn_mm_kernels *kernels, int64_t columns, int64_t begin) {
-    return begin + (begin + kernels->tile_columns <= columns ? kernels->tile_columns : 1);
+static int64_t b_panel_end(const product *p, int64_t columns, int64_t begin) {
+    return begin + (begin + p->kernels->tile_columns <= columns ? p->kernels->tile_columns : 1);
 }
-/* a's where b is read from columns. */
-static int64_t one_panel_end(const fn_mm_kernels *kernels, int64_t rows, int64_t begin) {
-    (void)kernels, (void)begin;
-    return rows;
-}
+typedef int64_t panel_end(const product *p, int64_t rows, int64_t begin);
+
 /* Elements [k, k + count) of rows [row, row + rows) to panels. `least`: of pairs, each panel's least exponent, at the
  * panel's first row. */
 static void pack(const product *p, const operand *from, int64_t row, int64_t rows, int64_t k, int64_t count,
@@ -142,7 +134,7 @@ static void pack(const product *p, const operand *from, int64_t row, int64_t row
         dtype = FN_FLOAT32;
     }
     for (int64_t begin = 0, end; begin < rows; begin = end) {
-        end = end_of(p->kernels, rows, begin);
+        end = end_of(p, rows, begin);
         const char *panel_data = data + begin * stride;
         float *panel = to + begin * panel_row(p, count);
         if (p->pairs) least[begin] = p->pairs->pack(panel_data, stride, dtype, end - begin, count, panel);
@@ -196,9 +188,9 @@ static void run_tiles(const product *p, const float *a, const int *a_least, int6
     const int64_t b_panels = columns / kernels->tile_columns + columns % kernels->tile_columns;
     const int64_t lines = lines_of(next, a_panels * b_panels);
     for (int64_t j = 0, j_end; j < columns; j = j_end) {
-        j_end = b_panel_end(kernels, columns, j);
+        j_end = b_panel_end(p, columns, j);
         for (int64_t i = 0, i_end; i < rows; i = i_end) {
-            i_end = a_panel_end(kernels, rows, i);
+            i_end = a_panel_end(p, rows, i);
             fetch(next, lines);
             if (p->pairs)
                 tiles = a_least[i] + b_least[j] < FN_MM_LEAST_EXPONENTS ? p->pairs->exact_tile : p->pairs->tile;
@@ -247,7 +239,7 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
         int64_t b_stride = p->b.row_stride;
         const bool packs_a = !p->whole && j == 0;
         if (p->way == FROM_COLUMNS) {
-            if (packs_a) pack(p, &p->a, row, rows, k, count, p->a_panel_end, a, a_least, s->gathered);
+            if (packs_a) pack(p, &p->a, row, rows, k, count, a_panel_end, a, a_least, s->gathered);
             if (p->pairs)
                 p->pairs->columns(a, a_least[0], rows, b, p->b.k_stride, block_columns, count, s->b, sums + j,
                                   p->sums_stride, k == 0);
@@ -264,8 +256,7 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
         for (int64_t i = 0; i < rows; i += BLOCK_ROWS) {
             const int64_t block_rows = at_most(rows - i, BLOCK_ROWS), i_end = i + block_rows;
             if (packs_a)
-                pack(p, &p->a, row + i, block_rows, k, count, p->a_panel_end, a + i * row_size, a_least + i,
-                     s->gathered);
+                pack(p, &p->a, row + i, block_rows, k, count, a_panel_end, a + i * row_size, a_least + i, s->gathered);
             ahead next = {0};
             if (packs_a && i_end < rows)
                 next = ahead_of(&p->a, row + i_end, at_most(rows - i_end, BLOCK_ROWS), k, count);
@@ -284,7 +275,7 @@ static void run_chunk(const product *p, int64_t row, int64_t rows, int64_t colum
 static void run_part(const product *p, int64_t m, int64_t m_end, int64_t n, int64_t n_end, scratch *s) {
     const int64_t k_end = p->plan->k;
     for (int64_t k = 0; p->whole && k < k_end; k += FN_MM_CHUNK)
-        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), p->a_panel_end,
+        pack(p, &p->a, m, m_end - m, k, at_most(k_end - k, FN_MM_CHUNK), a_panel_end,
              s->a + panel_row(p, k) * (m_end - m), s->a_least + k / FN_MM_CHUNK * (m_end - m), s->gathered);
     for (int64_t column = n; column < n_end; column += STRIP_COLUMNS) {
         const int64_t columns = at_most(n_end - column, STRIP_COLUMNS);
@@ -333,9 +324,8 @@ static void prepare(product *p, const fn_mm_plan *plan, fn_path path) {
     p->whole = few && k <= GROUP_ROWS * FN_MM_CHUNK / plan->m; /* no more memory than a group */
     if (few && p->b.in_rows && !p->pairs) p->way = FROM_ROWS;
     else if (few && p->b.in_rows && p->whole) p->way = BY_PANELS;
-    else if (few && b_in_columns && (plan->m <= 8 || plan->n >= 64)) p->way = FROM_COLUMNS;
+    else if (few && b_in_columns && (plan->m <= 8 || plan->n >= 64)) p->way = FROM_COLUMNS; /* few n leave lanes idle */
     else p->way = BY_BLOCKS;
-    p->a_panel_end = p->way == FROM_COLUMNS ? one_panel_end : a_panel_end;
 
     /* The wider, the longer the pieces of memory: 16 lanes of so many sums for each row of a have 256 KiB, or 512. */
     const int64_t wide = plan->m <= 8 ? 512 : 256;
