@@ -13,5 +13,5 @@ fn_status fn_mm_run_cuda(const fn_mm_plan *plan) {
 fn_status fn_mm_warmup(const fn_cuda_properties *device) {
     if (device->exactly_90) FN_TRY(fn_mm_hopper_warmup());
     FN_TRY(fn_mm_tensor_warmup());
-    return fn_mm_fma_warmup();
+    return fn_mm_fma_warmup(device);
 }

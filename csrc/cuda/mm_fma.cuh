@@ -6,7 +6,7 @@
 #ifndef FUSEDNORM_MM_FMA_CUH
 #define FUSEDNORM_MM_FMA_CUH
 
-#include "cluster.cuh"
+#include "copies.cuh"
 #include "dependents.cuh"
 #include "element.cuh"
 #include "launch.h"

@@ -4,8 +4,12 @@
 
 #include "../mm_plan.h"
 
+#include <cuda.h>
+
 #ifdef __cplusplus
 extern "C" {
+#else
+#include "cuda.h"
 #endif
 
 /* ---- mm_fma: any dtypes, on the units for fp32, with the bits of the CPU ----------------------------------------- */
@@ -30,17 +34,22 @@ typedef struct {
     bool along_rows; /* neighbours in memory are those of a column, not those along k */
 } fn_mm_fma_side;
 
+/* The result, in tiles, whose rows are a's rows or b's columns. */
 typedef struct {
-    fn_mm_fma_side rows, columns; /* of out's tiles */
-    int64_t k;
+    int64_t k, rows, columns;
     char *out;
     const char *bias;                      /* NULL: none */
-    int64_t out_stride[2], bias_stride[2]; /* in bytes, by row and by column of a tile */
+    int64_t out_stride[2], bias_stride[2]; /* in bytes, by row and by column */
     fn_dtype out_dtype, bias_dtype;
-    bool whole_groups; /* 8 columns of out can be written together */
+    bool whole_groups; /* neighbouring columns of out can be written together */
     uint32_t row_tiles, column_tiles;
     uint32_t panel;       /* row tiles that go through all columns together */
     int32_t cluster_bits; /* 2 to that power blocks have a tile together: each takes its share of the chunks */
+} fn_fma_out;
+
+typedef struct {
+    fn_mm_fma_side rows, columns;
+    fn_fma_out to;
 } fn_mm_fma_args;
 
 typedef struct {
@@ -56,7 +65,8 @@ enum {
     FN_MM_FMA_MOST_BLOCKS = 8,
     FN_MM_LANES = 16,
     FN_MM_CHUNK = 1024,
-    FN_MM_FMA_BLOCK_BYTES = 1024 /* that a block has besides */
+    FN_MM_FMA_BLOCK_BYTES = 1024, /* that a block has besides */
+    FN_FMA_PANEL = 16
 };
 
 /* By the rows of a tile, ascending. */
@@ -111,9 +121,60 @@ bool fn_fma_few_serves(const fn_mm_plan *plan, fn_fma_few_args *args);
 fn_status fn_mm_run_few(const fn_mm_plan *plan, fn_fma_few_args *args);
 fn_status fn_fma_few_warmup(void);
 
+/* ---- mm_fma_many: the same for many rows, brought by the copy engine of compute capability 9.0 --------------------------- */
+
+typedef struct {
+    CUtensorMap rows, columns;
+    fn_fma_out to;
+    uint32_t tiles;
+} fn_fma_many_args;
+
+enum { FN_FMA_MANY_K = 64, FN_FMA_MANY_KERNELS = 2 };
+
+/* By the dtype of the rows; each: for many tiles, for few. mm_fma_many_sm90a.cu; in builds for compute capability 9.0. */
+extern const fn_mm_fma_kernel fn_fma_many_kernels[FN_DTYPE_COUNT][FN_FMA_MANY_KERNELS];
+
+#ifndef __cplusplus /* the host half, which is C */
+
+/* Whether it serves the product: operands that the engine can move, the one with fewer bytes an element as rows, the other in
+ * fp32; on the device; both with more rows than FN_FMA_FEW_ROWS. False in builds without compute capability 9.0. */
+bool fn_fma_many_serves(const fn_mm_plan *plan, const fn_cuda_properties *device, bool *swapped);
+fn_status fn_mm_run_many(const fn_mm_plan *plan, const fn_cuda_properties *device, bool swapped);
+fn_status fn_fma_many_warmup(const fn_cuda_properties *device);
+
+/* ---- what they share ---------------------------------------------------------------------------------------------------- */
+
+/* Rows of tiles are a's rows or, swapped, b's columns. */
+fn_fma_out fn_fma_result_of(const fn_mm_plan *plan, bool swapped);
+bool fn_fma_has_whole_groups(const fn_fma_out *to);
+
+enum { FN_FMA_CLUSTER_SIZES = 4 };
+_Static_assert(1 << (FN_FMA_CLUSTER_SIZES - 1) == FN_MM_FMA_MOST_BLOCKS, "");
+
+/* What was asked of a kernel before, for each size of a cluster. */
+typedef struct {
+    fn_cuda_counts of[FN_FMA_CLUSTER_SIZES];
+} fn_fma_counts;
+
+/* How a kernel is launched: in clusters of 2 to the power of `bits` blocks, of which so many fit on the device at once. A
+ * multiprocessor has so many `rounds` of a chunk to do, one after the other. */
+typedef struct {
+    int32_t bits;
+    int64_t at_once, rounds;
+} fn_fma_grid;
+
+fn_status fn_fma_choose_grid(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, fn_fma_counts *asked, int64_t tiles,
+                             const fn_cuda_properties *device, fn_fma_grid *grid);
+fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args, int64_t clusters,
+                                int bits);
+
+#endif
+
 /* m, n > 0. */
 fn_status fn_mm_run_fma(const fn_mm_plan *plan);
-fn_status fn_mm_fma_warmup(void);
+#ifndef __cplusplus
+fn_status fn_mm_fma_warmup(const fn_cuda_properties *device);
+#endif
 
 #ifdef __cplusplus
 }
