@@ -56,7 +56,7 @@ struct fn_mm_fma {
 
     struct memory {
         char stage[STAGES * STAGE];
-        typename outputs::received received;
+        typename outputs::mail mail;
     };
 
     FN_DEVICE void add_tile(const typename row_reader::cursor &rows, const typename column_reader::cursor &columns,
@@ -113,6 +113,7 @@ struct fn_mm_fma {
         for (int o = 0; o < OUTPUTS; o++) lane[o][0] = lane[o][1] = 0;
 #pragma unroll
         for (int e = 0; e < SUMS; e++) sum[e] = total[e] = 0;
+        uint32_t turn = 0;
         const bool holds = a.rows.access == FN_MM_HELD || a.columns.access == FN_MM_HELD;
         int stage = 0, ahead = STAGES; /* of the tile to be added up now: where it lies, and how far off it still is */
         int tiles = 0, blank = 0; /* of the chunk; where in its last tile the steps begin that there are not, 0: none */
@@ -125,7 +126,14 @@ struct fn_mm_fma {
         };
         begin_chunk(0);
 
-        if (cluster > 1) fn_cluster_arrive(); /* it has started: others may write here */
+        if (cluster > 1) {
+            if (thread == 0) {
+                outputs::open_mail(shared.mail);
+                fn_barrier_fence();
+            }
+            __syncthreads();
+            fn_cluster_arrive(); /* others may send */
+        }
         wait_for_previous();
         for (int64_t round = 0; round < a.to.k;) {
             wait_for_copies<STAGES - 2>();
@@ -153,16 +161,20 @@ struct fn_mm_fma {
                 if (tiles > 0) continue;
                 outputs::fold(lane, pair, sum);
             }
-            if (cluster > 1) outputs::exchange(a.to, shared.received, sum, rank, round, false, total);
-            else
+            if (cluster > 1) {
+                if (round == 0) fn_cluster_wait();
+                outputs::exchange(a.to, shared.mail, sum, rank, round, turn++, total);
+            } else {
 #pragma unroll
                 for (int e = 0; e < SUMS; e++) total[e] = round == 0 ? sum[e] : fn_add(total[e], sum[e]);
+            }
             round += (int64_t)cluster * FN_MM_CHUNK;
             begin_chunk(round);
         }
         wait_for_copies<0>(); /* of nothing, into what would soon be another block's */
         let_dependents_start();
-        outputs::finish(a.to, shared.received, first.row + warp_row + row_share::part_of_place(row_place),
+        outputs::finish(a.to, shared.mail.room[(turn + 1) % 2],
+                        first.row + warp_row + row_share::part_of_place(row_place),
                         first.column + warp_column + column_share::part_of_place(column_place), pair, rank, total);
     }
 };

@@ -1,9 +1,9 @@
 /* mm_fma_many_sm90a.cu: the product by fused multiply-adds for many rows, on compute capability 9.0: operands side by side along
  * k, columns in fp32, rows in fp32 or 16 bits. The bits are those of mm_fma.cu.
  *
- * What mm_fma.cu spends on operands, two instructions for every five that multiply, the copy engine does here: it brings
- * boxes of 128 bytes a row, swizzled, into a ring of stages, STAGES ahead. One thread asks for them, between its own
- * products. A thread has 8 x 8 outputs and 2 lanes of each: 16 reads of shared memory serve 128 multiply-adds.
+ * A warp that multiplies does little else: the copy engine brings boxes of 128 bytes a row, swizzled, into a ring of stages,
+ * and a thread of a warpgroup of its own asks for them. A thread has 8 x 8 outputs and 2 lanes of each (mm_fma_sums.cuh): 16
+ * reads of shared memory serve 128 multiply-adds.
  */
 #include "hopper.cuh"
 #include "mm_fma_sums.cuh"
@@ -11,6 +11,7 @@
 static_assert(FN_FMA_MANY_K == 64 && FN_MM_LANES == 16, "4 steps; fn_fma_operand");
 
 enum { FN_FMA_STEPS = FN_FMA_MANY_K / FN_MM_LANES, FN_FMA_OWN = 8, FN_FMA_PLACES = 2, FN_FMA_SIDE_BY_SIDE = 4 };
+enum { FN_SUPPLIERS = 128 }; /* threads: a warpgroup, which gives its registers to the others */
 typedef fn_mm_share<FN_FMA_OWN, FN_FMA_PLACES, FN_FMA_SIDE_BY_SIDE> fn_fma_share;
 
 /* ---- a thread's elements of a stage ------------------------------------------------------------------------------ */
@@ -23,25 +24,25 @@ template <fn_dtype D, int ROWS> struct fn_fma_operand {
     static constexpr int BOXES = WIDE ? 2 : 1, BOX_BYTES = ROWS * 128, BYTES = BOXES * BOX_BYTES;
     static constexpr int ADDRESSES = WIDE ? 4 : 2;
 
-    uint32_t first[ADDRESSES]; /* in a stage, of lanes 2 * pair and 2 * pair + 1 */
+    uint32_t first[ADDRESSES]; /* in the first stage, of lanes 2 * pair and 2 * pair + 1 */
 
-    FN_MEMBER void start(int row, int place, int pair) {
+    FN_MEMBER void start(uint32_t stage, int row, int place, int pair) {
 #pragma unroll
         for (int v = 0; v < ADDRESSES; v++) {
             const uint32_t unit = WIDE ? pair / 2 ^ v : pair / 4 ^ v, in_unit = WIDE ? pair % 2 * 8 : pair % 4 * 4;
-            first[v] = (row + place * FN_FMA_SIDE_BY_SIDE) * 128 + place * 64 + unit * 16 + in_unit;
+            first[v] = stage + (row + place * FN_FMA_SIDE_BY_SIDE) * 128 + place * 64 + unit * 16 + in_unit;
         }
     }
 
     struct view {
-        const char *at[2][ADDRESSES]; /* by bit 2 of a unit */
+        uint32_t at[2][ADDRESSES]; /* by bit 2 of a unit */
 
         FN_MEMBER float2 read(int i, int s) const {
             const int q = i % FN_FMA_SIDE_BY_SIDE, row = fn_fma_share::part_of(i);
             if constexpr (WIDE) {
-                return *(const float2 *)(at[s % 2][q] + s / 2 * BOX_BYTES + row * 128);
+                return load_two(at[s % 2][q] + s / 2 * BOX_BYTES + row * 128);
             } else {
-                const uint32_t both = *(const uint32_t *)(at[s / 2][q % 2] + (s % 2 ^ q / 2) * 32 + row * 128);
+                const uint32_t both = load_word(at[s / 2][q % 2] + (s % 2 ^ q / 2) * 32 + row * 128);
                 float2 v;
                 if constexpr (D == FN_BFLOAT16) fn_unpack2_bf16(both, &v.x, &v.y);
                 else fn_unpack2_f16(both, &v.x, &v.y);
@@ -50,12 +51,12 @@ template <fn_dtype D, int ROWS> struct fn_fma_operand {
         }
     };
 
-    FN_MEMBER view in(const char *memory, uint32_t stage) const {
+    FN_MEMBER view in(uint32_t stage) const {
         view found;
 #pragma unroll
         for (int v = 0; v < ADDRESSES; v++) {
-            found.at[0][v] = memory + (stage + first[v]);
-            found.at[1][v] = memory + ((stage + first[v]) ^ 64);
+            found.at[0][v] = stage + first[v];
+            found.at[1][v] = (stage + first[v]) ^ 64;
         }
         return found;
     }
@@ -71,58 +72,50 @@ template <fn_dtype D, int ROWS> struct fn_fma_operand {
 
 template <fn_dtype ROW_DTYPE, int ROW_WARPS, int COLUMN_WARPS, int STAGES_, int RESIDENT_BLOCKS> struct fn_fma_many {
     typedef fn_fma_outputs<ROW_WARPS, COLUMN_WARPS, fn_fma_share, FN_FMA_OWN, fn_fma_share, FN_FMA_OWN> outputs;
-    static constexpr int THREADS = outputs::THREADS, ROWS = outputs::ROWS, COLUMNS = outputs::COLUMNS;
-    static constexpr int WARPS = THREADS / FN_WARP, STAGES = STAGES_, RESIDENT = RESIDENT_BLOCKS;
+    static constexpr int ROWS = outputs::ROWS, COLUMNS = outputs::COLUMNS, WARPS = outputs::WARPS;
+    static constexpr int THREADS = outputs::THREADS + FN_SUPPLIERS, STAGES = STAGES_, RESIDENT = RESIDENT_BLOCKS;
+    static constexpr int REGISTERS = RESIDENT == 1 ? 240 : 232, SUPPLIER_REGISTERS = 24;
+    static_assert((outputs::THREADS * REGISTERS + FN_SUPPLIERS * SUPPLIER_REGISTERS) * RESIDENT <= 65536, "");
     typedef fn_fma_operand<ROW_DTYPE, ROWS> row_operand;
     typedef fn_fma_operand<FN_FLOAT32, COLUMNS> column_operand;
     static constexpr int STAGE = row_operand::BYTES + column_operand::BYTES;
-    /* A stage is free AFTER tiles later: until then the slowest warp may read it. */
-    static constexpr int AFTER = 2;
 
     struct memory {
         char stage[STAGES * STAGE];
-        typename outputs::received received;
+        typename outputs::mail mail;
         uint64_t filled[STAGES], drained[STAGES];
     };
     static constexpr int SHARED = sizeof(memory) + 1024; /* the swizzle is by address: stages begin at multiples */
     static_assert(STAGE % 1024 == 0, "");
 
-    /* What the engine brings next. One thread goes through it. */
-    struct supply {
-        uint32_t tile, stage, parity;
-        int64_t chunk; /* the first k of this block's chunk */
-        int32_t in_chunk;
-        fn_fma_tile at;
-
-        FN_MEMBER void start(const fn_fma_many_args &a, uint32_t first_tile, int rank) {
-            tile = first_tile, stage = 0, parity = 1;
-            enter(a, rank);
-        }
-
-        FN_MEMBER void enter(const fn_fma_many_args &a, int rank) {
-            chunk = (int64_t)rank * FN_MM_CHUNK, in_chunk = 0;
-            if (tile < a.tiles) at = fn_fma_tile_at<ROWS, COLUMNS>(a.to, tile);
-        }
-
-        FN_MEMBER void load(const fn_fma_many_args &a, memory &shared, int rank) {
-            while (chunk >= a.to.k && tile < a.tiles) { /* a block without a chunk has no tile either */
-                tile += gridDim.x >> a.to.cluster_bits;
-                enter(a, rank);
-                if (chunk >= a.to.k) return;
-            }
-            if (tile >= a.tiles) return;
-            const uint32_t filled = shared_at(&shared.filled[stage]), to = shared_at(shared.stage) + stage * STAGE;
-            fn_barrier_wait(shared_at(&shared.drained[stage]), parity);
-            fn_barrier_expect(filled, STAGE);
-            const int k = (int)chunk + in_chunk;
-            row_operand::load(to, &a.rows, k, (int)at.row, filled);
-            column_operand::load(to + row_operand::BYTES, &a.columns, k, (int)at.column, filled);
+    struct position {
+        uint32_t stage, parity;
+        FN_MEMBER void next(void) {
             if (++stage == STAGES) stage = 0, parity ^= 1;
-            in_chunk += FN_FMA_MANY_K;
-            if (in_chunk == FN_MM_CHUNK || chunk + in_chunk >= a.to.k)
-                chunk += (int64_t)FN_MM_CHUNK << a.to.cluster_bits, in_chunk = 0;
         }
     };
+
+    /* Asks for all tiles and chunks of this block. */
+    FN_DEVICE void supply(const fn_fma_many_args &a, memory &shared, int rank, uint32_t tile, uint32_t stride) {
+        position now = {0, 1};
+        for (; tile < a.tiles; tile += stride) {
+            const fn_fma_tile at = fn_fma_tile_at<ROWS, COLUMNS>(a.to, tile);
+            for (int64_t chunk = (int64_t)rank * FN_MM_CHUNK; chunk < a.to.k;
+                 chunk += (int64_t)FN_MM_CHUNK << a.to.cluster_bits) {
+                const int end = (int)min(a.to.k, chunk + FN_MM_CHUNK);
+#pragma unroll 1
+                for (int k = (int)chunk; k < end; k += FN_FMA_MANY_K, now.next()) {
+                    const uint32_t filled = shared_at(&shared.filled[now.stage]);
+                    const uint32_t to = shared_at(shared.stage) + now.stage * STAGE;
+                    fn_barrier_wait(shared_at(&shared.drained[now.stage]), now.parity);
+                    fn_barrier_expect(filled, STAGE);
+                    row_operand::load(to, &a.rows, k, (int)at.row, filled);
+                    column_operand::load(to + row_operand::BYTES, &a.columns, k, (int)at.column, filled);
+                }
+            }
+        }
+        let_dependents_start();
+    }
 
     FN_DEVICE void add(float &sum, float a, float b) { sum = fn_fma(a, b, sum); }
 
@@ -147,79 +140,91 @@ template <fn_dtype ROW_DTYPE, int ROW_WARPS, int COLUMN_WARPS, int STAGES_, int 
         }
     }
 
-    FN_DEVICE void run(const fn_fma_many_args &a, memory &shared) {
-        const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / FN_WARP, 0);
-        const int pair = thread / 4 % FN_FMA_PAIRS, row_place = thread % 4 / FN_FMA_PLACES;
-        const int column_place = thread % FN_FMA_PLACES;
-        const int cluster = 1 << a.to.cluster_bits, rank = (int)blockIdx.x & (cluster - 1);
+    /* A stage's first `steps` steps. */
+    FN_DEVICE void add_stage(const typename row_operand::view &rows, const typename column_operand::view &columns,
+                             int steps, float (&lane)[outputs::OUTPUTS][2]) {
+        if (steps >= FN_FMA_STEPS) {
+#pragma unroll
+            for (int s = 0; s < FN_FMA_STEPS; s++) add_step(rows, columns, s, lane);
+        } else { /* those beyond the padded K would turn a lane of -0 to +0 */
+            add_step(rows, columns, 0, lane);
+            if (steps > 1) add_step(rows, columns, 1, lane);
+            if (steps > 2) add_step(rows, columns, 2, lane);
+        }
+    }
+
+    FN_DEVICE void multiply(const fn_fma_many_args &a, memory &shared, int warp, int rank, uint32_t first_tile,
+                            uint32_t stride) {
+        const int thread = threadIdx.x, pair = thread / 4 % FN_FMA_PAIRS, cluster = 1 << a.to.cluster_bits;
+        const int row_place = thread % 4 / FN_FMA_PLACES, column_place = thread % FN_FMA_PLACES;
         const int warp_row = warp / COLUMN_WARPS * fn_fma_share::ALL;
         const int warp_column = warp % COLUMN_WARPS * fn_fma_share::ALL;
-        const uint32_t first_tile = blockIdx.x >> a.to.cluster_bits, stride = gridDim.x >> a.to.cluster_bits;
+        row_operand rows;
+        column_operand columns;
+        rows.start(shared_at(shared.stage), warp_row, row_place, pair);
+        columns.start(shared_at(shared.stage) + row_operand::BYTES, warp_column, column_place, pair);
+        float lane[outputs::OUTPUTS][2], sum[outputs::SUMS], total[outputs::SUMS];
+#pragma unroll
+        for (int o = 0; o < outputs::OUTPUTS; o++) lane[o][0] = lane[o][1] = 0;
+#pragma unroll
+        for (int e = 0; e < outputs::SUMS; e++) sum[e] = total[e] = 0;
+        position now = {0, 0};
+        uint32_t turn = 0;
 
-        if (thread == 0) {
+        for (uint32_t tile = first_tile; tile < a.tiles; tile += stride) {
+            for (int64_t round = 0; round < a.to.k; round += (int64_t)cluster * FN_MM_CHUNK) {
+                const int64_t left = a.to.k - round - (int64_t)rank * FN_MM_CHUNK;
+                if (left > 0) {
+                    int steps = ((int)min(left, (int64_t)FN_MM_CHUNK) + FN_MM_LANES - 1) / FN_MM_LANES;
+#pragma unroll 1
+                    for (; steps > 0; steps -= FN_FMA_STEPS, now.next()) {
+                        fn_barrier_wait(shared_at(&shared.filled[now.stage]), now.parity);
+                        add_stage(rows.in(now.stage * STAGE), columns.in(now.stage * STAGE), steps, lane);
+                        __syncwarp();
+                        if (thread % FN_WARP == 0) fn_barrier_arrive(shared_at(&shared.drained[now.stage]));
+                    }
+                    outputs::fold(lane, pair, sum);
+                }
+                if (cluster > 1) {
+                    if (turn == 0) fn_cluster_wait();
+                    outputs::exchange(a.to, shared.mail, sum, rank, round, turn++, total);
+                } else {
+#pragma unroll
+                    for (int e = 0; e < outputs::SUMS; e++) total[e] = round == 0 ? sum[e] : fn_add(total[e], sum[e]);
+                }
+            }
+            const fn_fma_tile at = fn_fma_tile_at<ROWS, COLUMNS>(a.to, tile);
+            outputs::finish(a.to, shared.mail.room[(turn + 1) % 2],
+                            at.row + warp_row + fn_fma_share::part_of_place(row_place),
+                            at.column + warp_column + fn_fma_share::part_of_place(column_place), pair, rank, total);
+        }
+    }
+
+    FN_DEVICE void run(const fn_fma_many_args &a, memory &shared) {
+        const int thread = threadIdx.x, warp = __shfl_sync(0xffffffffu, thread / FN_WARP, 0);
+        const int cluster = 1 << a.to.cluster_bits, rank = (int)blockIdx.x & (cluster - 1);
+        const uint32_t first_tile = blockIdx.x >> a.to.cluster_bits, stride = gridDim.x >> a.to.cluster_bits;
+        if (thread == outputs::THREADS) {
             fn_prefetch_map(&a.rows);
             fn_prefetch_map(&a.columns);
             for (int i = 0; i < STAGES; i++) {
                 fn_barrier_init(shared_at(&shared.filled[i]), 1);
                 fn_barrier_init(shared_at(&shared.drained[i]), WARPS);
             }
+            outputs::open_mail(shared.mail);
             fn_barrier_fence();
         }
         __syncthreads();
-        if (cluster > 1) fn_cluster_arrive(); /* it has started: others may write here */
+        if (cluster > 1) fn_cluster_arrive(); /* others may send */
         wait_for_previous();
-        supply next;
-        next.start(a, first_tile, rank);
-        if (thread == 0)
-            for (int i = 0; i < STAGES - AFTER; i++) next.load(a, shared, rank);
-
-        row_operand rows;
-        column_operand columns;
-        rows.start(warp_row, row_place, pair);
-        columns.start(warp_column, column_place, pair);
-        float lane[outputs::OUTPUTS][2], sum[outputs::SUMS], total[outputs::SUMS];
-#pragma unroll
-        for (int o = 0; o < outputs::OUTPUTS; o++) lane[o][0] = lane[o][1] = 0;
-#pragma unroll
-        for (int e = 0; e < outputs::SUMS; e++) sum[e] = total[e] = 0;
-        uint32_t stage = 0, parity = 0;
-
-        for (uint32_t tile = first_tile; tile < a.tiles; tile += stride) {
-            for (int64_t round = 0; round < a.to.k; round += (int64_t)cluster * FN_MM_CHUNK) {
-                const int64_t left = a.to.k - round - (int64_t)rank * FN_MM_CHUNK;
-                int steps = left <= 0 ? 0 : ((int)min(left, (int64_t)FN_MM_CHUNK) + FN_MM_LANES - 1) / FN_MM_LANES;
-                if (steps > 0) {
-#pragma unroll 1
-                    for (; steps > 0; steps -= FN_FMA_STEPS) {
-                        if (thread == 0) next.load(a, shared, rank);
-                        __syncwarp();
-                        fn_barrier_wait(shared_at(&shared.filled[stage]), parity);
-                        const auto row_view = rows.in(shared.stage, stage * STAGE);
-                        const auto column_view = columns.in(shared.stage, stage * STAGE + row_operand::BYTES);
-                        if (steps >= FN_FMA_STEPS) {
-#pragma unroll
-                            for (int s = 0; s < FN_FMA_STEPS; s++) add_step(row_view, column_view, s, lane);
-                        } else { /* steps beyond the padded K would turn a lane of -0 to +0 */
-                            add_step(row_view, column_view, 0, lane);
-                            if (steps > 1) add_step(row_view, column_view, 1, lane);
-                            if (steps > 2) add_step(row_view, column_view, 2, lane);
-                        }
-                        __syncwarp();
-                        if (thread % FN_WARP == 0) fn_barrier_arrive(shared_at(&shared.drained[stage]));
-                        if (++stage == STAGES) stage = 0, parity ^= 1;
-                    }
-                    outputs::fold(lane, pair, sum);
-                }
-                if (cluster > 1)
-                    outputs::exchange(a.to, shared.received, sum, rank, round, tile + stride < a.tiles, total);
-                else
-#pragma unroll
-                    for (int e = 0; e < outputs::SUMS; e++) total[e] = round == 0 ? sum[e] : fn_add(total[e], sum[e]);
-            }
-            if (tile + stride >= a.tiles) let_dependents_start();
-            const fn_fma_tile at = fn_fma_tile_at<ROWS, COLUMNS>(a.to, tile);
-            outputs::finish(a.to, shared.received, at.row + warp_row + fn_fma_share::part_of_place(row_place),
-                            at.column + warp_column + fn_fma_share::part_of_place(column_place), pair, rank, total);
+        if (warp < WARPS) {
+            fn_registers_up<REGISTERS>();
+            multiply(a, shared, warp, rank, first_tile, stride);
+        } else {
+            fn_registers_down<SUPPLIER_REGISTERS>();
+            if (thread == outputs::THREADS) supply(a, shared, rank, first_tile, stride);
+            __syncwarp();
+            if (cluster > 1) fn_cluster_wait();
         }
     }
 };

@@ -59,7 +59,7 @@ template <int COUNT, int DISTANCE, int ROOM> FN_DEVICE void fold_pairs(float (&v
 
 template <int ROW_WARPS, int COLUMN_WARPS, typename ROW_SHARE, int ROWS_OWN, typename COLUMN_SHARE, int COLUMNS_OWN>
 struct fn_fma_outputs {
-    static constexpr int THREADS = ROW_WARPS * COLUMN_WARPS * FN_WARP;
+    static constexpr int WARPS = ROW_WARPS * COLUMN_WARPS, THREADS = WARPS * FN_WARP;
     static constexpr int ROWS = ROW_WARPS * ROW_SHARE::ALL, COLUMNS = COLUMN_WARPS * COLUMN_SHARE::ALL;
     static constexpr int OUTPUTS = ROWS_OWN * COLUMNS_OWN, SUMS = OUTPUTS > FN_FMA_PAIRS ? OUTPUTS / FN_FMA_PAIRS : 1;
     static constexpr int NEIGHBOURS = COLUMN_SHARE::NEIGHBOURS;
@@ -67,7 +67,18 @@ struct fn_fma_outputs {
     static_assert(SUMS <= FN_MM_FMA_MOST_BLOCKS, "a cluster's exchange");
     static constexpr bool IN_GROUPS = SUMS == FN_GROUP && COLUMNS_OWN == FN_GROUP; /* a thread's sums are of one row */
 
-    typedef float received[FN_MM_FMA_MOST_BLOCKS][THREADS]; /* in shared memory */
+    /* In shared memory: what the blocks of a cluster send each other. A thread gets from the threads with its number, a
+     * warp waits at a barrier of its own. Two rooms take turns: who sends for the second time after this one has had
+     * what this warp sent in between, after it had read the room. */
+    struct mail {
+        float room[2][FN_MM_FMA_MOST_BLOCKS][THREADS];
+        uint64_t all_here[2][WARPS];
+    };
+
+    /* By one thread; before any block sends, all must know of it. */
+    FN_DEVICE void open_mail(mail &here) {
+        for (int i = 0; i < 2 * WARPS; i++) fn_barrier_init(shared_at(&here.all_here[i / WARPS][i % WARPS]), 1);
+    }
 
     /* sum[e] = the chunk's sum of this thread's output e. The lanes start again. */
     FN_DEVICE void fold(float (&lane)[OUTPUTS][2], int pair, float (&sum)[SUMS]) {
@@ -81,32 +92,35 @@ struct fn_fma_outputs {
     }
 
     /* Adds a round's chunks, one from each block: to total[i], the sum that is output i * blocks + rank of the
-     * thread's. There may be `more` rounds. */
-    FN_DEVICE void exchange(const fn_fma_out &to, received &here, const float (&sum)[SUMS], int rank, int64_t round,
-                            bool more, float (&total)[SUMS]) {
+     * thread's. `turn` counts the rounds of all tiles. A block that has no chunk, or nothing to send to another, sends
+     * whatever it has: so that none is two turns ahead. */
+    FN_DEVICE void exchange(const fn_fma_out &to, mail &here, const float (&sum)[SUMS], int rank, int64_t round,
+                            uint32_t turn, float (&total)[SUMS]) {
         const int blocks = 1 << to.cluster_bits, own = (SUMS + blocks - 1) >> to.cluster_bits, thread = threadIdx.x;
         const int64_t chunks = (to.k - round + FN_MM_CHUNK - 1) / FN_MM_CHUNK;
-        fn_cluster_wait(); /* all have started, and read what they were sent before */
+        const uint32_t barrier = shared_at(&here.all_here[turn % 2][thread / FN_WARP]);
+        float(&room)[FN_MM_FMA_MOST_BLOCKS][THREADS] = here.room[turn % 2];
 #pragma unroll
-        for (int e = 0; e < SUMS; e++)
-            if (rank < chunks)
-                fn_put_in_block(shared_at(&here[rank * own + (e >> to.cluster_bits)][thread]), e & (blocks - 1),
-                                sum[e]);
-        fn_cluster_arrive();
-        fn_cluster_wait();
+        for (int e = 0; e < FN_MM_FMA_MOST_BLOCKS; e++) {
+            if (e >= SUMS && e >= blocks) break;
+            const uint32_t owner = e & (blocks - 1), there = shared_at(&room[rank * own + (e >> to.cluster_bits)][thread]);
+            fn_send(fn_address_in_block(there, owner), sum[e < SUMS ? e : 0], fn_address_in_block(barrier, owner));
+        }
+        if (thread % FN_WARP == 0) fn_barrier_expect(barrier, blocks * own * FN_WARP * (int)sizeof(float));
+        fn_barrier_wait_for_cluster(barrier, turn / 2 % 2);
 #pragma unroll
         for (int i = 0; i < (SUMS + 1) / 2; i++) {
             if (i >= own) break;
-            if (round == 0) total[i] = here[i][thread];
+            if (round == 0) total[i] = room[i][thread];
             for (int block = round == 0; block < blocks && block < chunks; block++)
-                total[i] = fn_add(total[i], here[block * own + i][thread]);
+                total[i] = fn_add(total[i], room[block * own + i][thread]);
         }
-        if (more || chunks > blocks) fn_cluster_arrive();
     }
 
-    /* Adds the bias, rounds, writes. (first_row, first_column): this thread's first output. */
-    FN_DEVICE void finish(const fn_fma_out &to, received &here, int64_t first_row, int64_t first_column, int pair,
-                          int rank, const float (&total)[SUMS]) {
+    /* Adds the bias, rounds, writes. (first_row, first_column): this thread's first output;
+     * `here`: a room that nobody sends to. */
+    FN_DEVICE void finish(const fn_fma_out &to, float (&here)[FN_MM_FMA_MOST_BLOCKS][THREADS], int64_t first_row,
+                          int64_t first_column, int pair, int rank, const float (&total)[SUMS]) {
         const int blocks = 1 << to.cluster_bits, first = pair * OUTPUTS / FN_FMA_PAIRS, thread = threadIdx.x;
         if (OUTPUTS < FN_FMA_PAIRS && pair % (FN_FMA_PAIRS / OUTPUTS)) return; /* others have the same sums */
         const int64_t whole_row = first_row + ROW_SHARE::part_of(first / COLUMNS_OWN);
