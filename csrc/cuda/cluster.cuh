@@ -49,6 +49,15 @@ FN_DEVICE void fn_barrier_wait(uint32_t barrier, uint32_t parity) {
         : "memory");
 }
 
+/* The same for a long wait: asking over and over takes a scheduler's turns from the warps that multiply, so the thread is to
+ * sleep up to 10 ms at a time. */
+FN_DEVICE void fn_barrier_await(uint32_t barrier, uint32_t parity) {
+    FN_CLUSTER_ASM("{.reg .pred p;\nagain: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, 10000000;\n"
+                   "@!p bra again;}" ::"r"(barrier),
+                   "r"(parity)
+                   : "memory");
+}
+
 /* As before, where what other blocks of the cluster sent is read afterwards. */
 FN_DEVICE void fn_barrier_wait_for_cluster(uint32_t barrier, uint32_t parity) {
     FN_CLUSTER_ASM("{.reg .pred p;\nagain: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], %1;\n"

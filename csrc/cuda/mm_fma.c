@@ -47,9 +47,15 @@ fn_fma_out fn_fma_result_of(const fn_mm_plan *plan, bool swapped) {
     return to;
 }
 
-bool fn_fma_has_whole_groups(const fn_fma_out *to) {
-    return to->out_stride[1] == fn_dtypes[to->out_dtype].bytes &&
-           is_multiple((uint64_t)(uintptr_t)to->out | (uint64_t)(to->rows > 1 ? to->out_stride[0] : 0), 16);
+void fn_fma_set_tiles(fn_fma_out *to, const fn_mm_fma_kernel *kernel, int cluster_bits) {
+    enum { PANEL = 16 };
+    to->row_tiles = (uint32_t)fn_divide_up(to->rows, kernel->rows);
+    to->column_tiles = (uint32_t)fn_divide_up(to->columns, kernel->columns);
+    to->panel = to->row_tiles < PANEL ? to->row_tiles : PANEL;
+    to->cluster_bits = cluster_bits;
+    to->whole_groups =
+        to->out_stride[1] == fn_dtypes[to->out_dtype].bytes &&
+        is_multiple((uint64_t)(uintptr_t)to->out | (uint64_t)(to->rows > 1 ? to->out_stride[0] : 0), 16);
 }
 
 fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args,
@@ -65,27 +71,28 @@ fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *
                             .stream = plan->stream};
 }
 
+/* ---- mm_fma.cu ------------------------------------------------------------------------------------------------------ */
+
 /* The cluster for a tile whose blocks have the fewest chunks to do, one after the other: those of a block, times the rounds of
  * clusters that the device makes. */
-fn_status fn_fma_choose_grid(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, fn_fma_counts *asked, int64_t tiles,
-                             const fn_cuda_properties *device, fn_fma_grid *grid) {
+static fn_status choose_cluster(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, int64_t tiles,
+                                const fn_cuda_properties *device, int *cluster_bits) {
+    static fn_cuda_counts asked[FN_MM_FMA_KERNELS][FN_FMA_CLUSTER_SIZES];
     const int64_t chunks = fn_divide_up(plan->k, FN_MM_CHUNK);
     const int room = device->shared_bytes / (kernel->shared_bytes + FN_MM_FMA_BLOCK_BYTES);
     const int resident = room < 1 ? 1 : room < kernel->resident ? room : kernel->resident;
-    *grid = (fn_fma_grid){.at_once = (int64_t)device->multiprocessors * resident};
-    grid->rounds = fn_divide_up(tiles, grid->at_once) * chunks;
+    int64_t least = fn_divide_up(tiles, (int64_t)device->multiprocessors * resident) * chunks;
+    *cluster_bits = 0;
     for (int bits = 1; device->clusters && bits < FN_FMA_CLUSTER_SIZES; bits++) {
         const fn_cuda_launch launch = fn_fma_launch_of(plan, kernel, NULL, 1, bits);
         int at_once = 0;
-        FN_TRY(fn_cuda_clusters_at_once(&asked->of[bits], &launch, &at_once));
+        FN_TRY(fn_cuda_clusters_at_once(&asked[kernel - fn_mm_fma_kernels][bits], &launch, &at_once));
         if (at_once < 1) continue;
-        const int64_t rounds = fn_divide_up(tiles, at_once) * fn_divide_up(chunks, (int64_t)1 << bits);
-        if (rounds < grid->rounds) *grid = (fn_fma_grid){bits, at_once, rounds};
+        const int64_t one_by_one = fn_divide_up(tiles, at_once) * fn_divide_up(chunks, (int64_t)1 << bits);
+        if (one_by_one < least) least = one_by_one, *cluster_bits = bits;
     }
     return FN_OK;
 }
-
-/* ---- mm_fma.cu ------------------------------------------------------------------------------------------------------ */
 
 static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
     side->chunk_skip = (((int64_t)1 << cluster_bits) - 1) * FN_MM_CHUNK;
@@ -95,22 +102,17 @@ static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
 
 static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_cuda_properties *device,
                            fn_mm_fma_args *args) {
-    fn_fma_out *const to = &args->to;
-    to->row_tiles = (uint32_t)fn_divide_up(to->rows, kernel->rows);
-    to->column_tiles = (uint32_t)fn_divide_up(to->columns, kernel->columns);
-    to->panel = to->row_tiles < FN_FMA_PANEL ? to->row_tiles : FN_FMA_PANEL;
-    to->whole_groups = fn_fma_has_whole_groups(to);
-    const int64_t tiles = (int64_t)to->row_tiles * to->column_tiles;
+    const int64_t tiles =
+        fn_divide_up(args->to.rows, kernel->rows) * fn_divide_up(args->to.columns, kernel->columns);
     static fn_cuda_devices allowed[FN_MM_FMA_KERNELS];
-    static fn_fma_counts asked[FN_MM_FMA_KERNELS];
-    const size_t place = (size_t)(kernel - fn_mm_fma_kernels);
-    FN_TRY(fn_cuda_allow_shared(&allowed[place], plan->device_id, kernel->function, kernel->shared_bytes));
-    fn_fma_grid grid;
-    FN_TRY(fn_fma_choose_grid(plan, kernel, &asked[place], tiles, device, &grid));
-    to->cluster_bits = grid.bits;
-    set_steps(&args->rows, kernel->k, grid.bits);
-    set_steps(&args->columns, kernel->k, grid.bits);
-    const fn_cuda_launch launch = fn_fma_launch_of(plan, kernel, args, tiles, grid.bits);
+    FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_mm_fma_kernels], plan->device_id, kernel->function,
+                                kernel->shared_bytes));
+    int bits;
+    FN_TRY(choose_cluster(plan, kernel, tiles, device, &bits));
+    fn_fma_set_tiles(&args->to, kernel, bits);
+    set_steps(&args->rows, kernel->k, bits);
+    set_steps(&args->columns, kernel->k, bits);
+    const fn_cuda_launch launch = fn_fma_launch_of(plan, kernel, args, tiles, bits);
     return fn_cuda_run("CUDA mm kernel", &launch);
 }
 

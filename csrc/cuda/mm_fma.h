@@ -65,8 +65,7 @@ enum {
     FN_MM_FMA_MOST_BLOCKS = 8,
     FN_MM_LANES = 16,
     FN_MM_CHUNK = 1024,
-    FN_MM_FMA_BLOCK_BYTES = 1024, /* that a block has besides */
-    FN_FMA_PANEL = 16
+    FN_MM_FMA_BLOCK_BYTES = 1024 /* that a block has besides */
 };
 
 /* By the rows of a tile, ascending. */
@@ -146,25 +145,11 @@ fn_status fn_fma_many_warmup(const fn_cuda_properties *device);
 
 /* Rows of tiles are a's rows or, swapped, b's columns. */
 fn_fma_out fn_fma_result_of(const fn_mm_plan *plan, bool swapped);
-bool fn_fma_has_whole_groups(const fn_fma_out *to);
+void fn_fma_set_tiles(fn_fma_out *to, const fn_mm_fma_kernel *kernel, int cluster_bits);
 
 enum { FN_FMA_CLUSTER_SIZES = 4 };
 _Static_assert(1 << (FN_FMA_CLUSTER_SIZES - 1) == FN_MM_FMA_MOST_BLOCKS, "");
 
-/* What was asked of a kernel before, for each size of a cluster. */
-typedef struct {
-    fn_cuda_counts of[FN_FMA_CLUSTER_SIZES];
-} fn_fma_counts;
-
-/* How a kernel is launched: in clusters of 2 to the power of `bits` blocks, of which so many fit on the device at once. A
- * multiprocessor has so many `rounds` of a chunk to do, one after the other. */
-typedef struct {
-    int32_t bits;
-    int64_t at_once, rounds;
-} fn_fma_grid;
-
-fn_status fn_fma_choose_grid(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, fn_fma_counts *asked, int64_t tiles,
-                             const fn_cuda_properties *device, fn_fma_grid *grid);
 fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args, int64_t clusters,
                                 int bits);
 

@@ -107,7 +107,7 @@ template <fn_dtype ROW_DTYPE, int ROW_WARPS, int COLUMN_WARPS, int STAGES_, int 
                 for (int k = (int)chunk; k < end; k += FN_FMA_MANY_K, now.next()) {
                     const uint32_t filled = shared_at(&shared.filled[now.stage]);
                     const uint32_t to = shared_at(shared.stage) + now.stage * STAGE;
-                    fn_barrier_wait(shared_at(&shared.drained[now.stage]), now.parity);
+                    fn_barrier_await(shared_at(&shared.drained[now.stage]), now.parity);
                     fn_barrier_expect(filled, STAGE);
                     row_operand::load(to, &a.rows, k, (int)at.row, filled);
                     column_operand::load(to + row_operand::BYTES, &a.columns, k, (int)at.column, filled);
@@ -117,26 +117,21 @@ template <fn_dtype ROW_DTYPE, int ROW_WARPS, int COLUMN_WARPS, int STAGES_, int 
         let_dependents_start();
     }
 
-    FN_DEVICE void add(float &sum, float a, float b) { sum = fn_fma(a, b, sum); }
-
     FN_DEVICE void add_step(const typename row_operand::view &rows, const typename column_operand::view &columns, int s,
                             float (&lane)[outputs::OUTPUTS][2]) {
         float2 a[FN_FMA_OWN];
 #pragma unroll
         for (int i = 0; i < FN_FMA_OWN; i++) a[i] = rows.read(i, s);
-        /* There and back: a multiply-add then has one operand in common with the one before it, and no two of its operands
-         * need the same bank of registers at once. */
 #pragma unroll
-        for (int j = 0; j < FN_FMA_OWN; j += 2) {
-            const float2 b = columns.read(j, s), c = columns.read(j + 1, s);
+        for (int j = 0; j < FN_FMA_OWN; j++) {
+            const float2 b = columns.read(j, s);
 #pragma unroll
-            for (int i = 0; i < FN_FMA_OWN; i++) add(lane[i * FN_FMA_OWN + j][0], a[i].x, b.x);
-#pragma unroll
-            for (int i = FN_FMA_OWN - 1; i >= 0; i--) add(lane[i * FN_FMA_OWN + j + 1][0], a[i].x, c.x);
-#pragma unroll
-            for (int i = 0; i < FN_FMA_OWN; i++) add(lane[i * FN_FMA_OWN + j + 1][1], a[i].y, c.y);
-#pragma unroll
-            for (int i = FN_FMA_OWN - 1; i >= 0; i--) add(lane[i * FN_FMA_OWN + j][1], a[i].y, b.y);
+            for (int n = 0; n < FN_FMA_OWN; n++) {
+                const int i = j % 2 ? FN_FMA_OWN - 1 - n : n; /* there and back: it has one operand in common with the last */
+                float(&acc)[2] = lane[i * FN_FMA_OWN + j];
+                acc[0] = fn_fma(a[i].x, b.x, acc[0]);
+                acc[1] = fn_fma(a[i].y, b.y, acc[1]);
+            }
         }
     }
 
