@@ -53,9 +53,8 @@ void fn_fma_set_tiles(fn_fma_out *to, const fn_mm_fma_kernel *kernel, int cluste
     to->column_tiles = (uint32_t)fn_divide_up(to->columns, kernel->columns);
     to->panel = to->row_tiles < PANEL ? to->row_tiles : PANEL;
     to->cluster_bits = cluster_bits;
-    to->whole_groups =
-        to->out_stride[1] == fn_dtypes[to->out_dtype].bytes &&
-        is_multiple((uint64_t)(uintptr_t)to->out | (uint64_t)(to->rows > 1 ? to->out_stride[0] : 0), 16);
+    to->whole_groups = to->out_stride[1] == fn_dtypes[to->out_dtype].bytes &&
+                       is_multiple((uint64_t)(uintptr_t)to->out | (uint64_t)(to->rows > 1 ? to->out_stride[0] : 0), 16);
 }
 
 fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args,
@@ -102,8 +101,7 @@ static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
 
 static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_cuda_properties *device,
                            fn_mm_fma_args *args) {
-    const int64_t tiles =
-        fn_divide_up(args->to.rows, kernel->rows) * fn_divide_up(args->to.columns, kernel->columns);
+    const int64_t tiles = fn_divide_up(args->to.rows, kernel->rows) * fn_divide_up(args->to.columns, kernel->columns);
     static fn_cuda_devices allowed[FN_MM_FMA_KERNELS];
     FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_mm_fma_kernels], plan->device_id, kernel->function,
                                 kernel->shared_bytes));
@@ -137,7 +135,8 @@ fn_status fn_mm_run_fma(const fn_mm_plan *plan) {
         for (int64_t column = 0; column < to.columns; column += most_columns) {
             fn_mm_fma_args args = {.rows = rows, .columns = columns, .to = to};
             args.rows.rows = args.to.rows = to.rows - row < most_rows ? to.rows - row : most_rows;
-            args.columns.rows = args.to.columns = to.columns - column < most_columns ? to.columns - column : most_columns;
+            args.columns.rows = args.to.columns =
+                to.columns - column < most_columns ? to.columns - column : most_columns;
             if (row) args.rows.data += row * rows.row_stride;
             if (column) args.columns.data += column * columns.row_stride;
             args.to.out += row * to.out_stride[0] + column * to.out_stride[1];

@@ -150,8 +150,8 @@ void fn_fma_set_tiles(fn_fma_out *to, const fn_mm_fma_kernel *kernel, int cluste
 enum { FN_FMA_CLUSTER_SIZES = 4 };
 _Static_assert(1 << (FN_FMA_CLUSTER_SIZES - 1) == FN_MM_FMA_MOST_BLOCKS, "");
 
-fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args, int64_t clusters,
-                                int bits);
+fn_cuda_launch fn_fma_launch_of(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const void *args,
+                                int64_t clusters, int bits);
 
 #endif
 

@@ -63,8 +63,7 @@ template <fn_dtype D, int ROWS> struct fn_fma_operand {
 
     FN_DEVICE void load(uint32_t to, const CUtensorMap *map, int k, int row, uint32_t barrier) {
 #pragma unroll
-        for (int box = 0; box < BOXES; box++)
-            fn_box_load(to + box * BOX_BYTES, map, k + box * (128 / 4), row, barrier);
+        for (int box = 0; box < BOXES; box++) fn_box_load(to + box * BOX_BYTES, map, k + box * (128 / 4), row, barrier);
     }
 };
 
@@ -127,7 +126,8 @@ template <fn_dtype ROW_DTYPE, int ROW_WARPS, int COLUMN_WARPS, int STAGES_, int 
             const float2 b = columns.read(j, s);
 #pragma unroll
             for (int n = 0; n < FN_FMA_OWN; n++) {
-                const int i = j % 2 ? FN_FMA_OWN - 1 - n : n; /* there and back: it has one operand in common with the last */
+                const int i =
+                    j % 2 ? FN_FMA_OWN - 1 - n : n; /* there and back: it has one operand in common with the last */
                 float(&acc)[2] = lane[i * FN_FMA_OWN + j];
                 acc[0] = fn_fma(a[i].x, b.x, acc[0]);
                 acc[1] = fn_fma(a[i].y, b.y, acc[1]);
@@ -236,10 +236,13 @@ template <fn_dtype D> using fn_fma_wide = fn_fma_many<D, 2, 4, 8, 1>;   /* 32 x 
 template <fn_dtype D> using fn_fma_narrow = fn_fma_many<D, 2, 2, 6, 2>; /* 32 x 32 */
 
 #define FN_FMA_MANY(KERNEL)                                                                                            \
-    {                                                                                                                  \
-        (const void *)mm_fma_many<KERNEL>, KERNEL::ROWS, KERNEL::COLUMNS, FN_FMA_MANY_K, KERNEL::THREADS,              \
-            KERNEL::RESIDENT, KERNEL::SHARED                                                                           \
-    }
+    {(const void *)mm_fma_many<KERNEL>,                                                                                \
+     KERNEL::ROWS,                                                                                                     \
+     KERNEL::COLUMNS,                                                                                                  \
+     FN_FMA_MANY_K,                                                                                                    \
+     KERNEL::THREADS,                                                                                                  \
+     KERNEL::RESIDENT,                                                                                                 \
+     KERNEL::SHARED}
 
 extern const fn_mm_fma_kernel fn_fma_many_kernels[FN_DTYPE_COUNT][FN_FMA_MANY_KERNELS] = {
     {FN_FMA_MANY(fn_fma_wide<FN_FLOAT32>), FN_FMA_MANY(fn_fma_narrow<FN_FLOAT32>)},

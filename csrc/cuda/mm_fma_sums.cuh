@@ -103,7 +103,8 @@ struct fn_fma_outputs {
 #pragma unroll
         for (int e = 0; e < FN_MM_FMA_MOST_BLOCKS; e++) {
             if (e >= SUMS && e >= blocks) break;
-            const uint32_t owner = e & (blocks - 1), there = shared_at(&room[rank * own + (e >> to.cluster_bits)][thread]);
+            const uint32_t owner = e & (blocks - 1),
+                           there = shared_at(&room[rank * own + (e >> to.cluster_bits)][thread]);
             fn_send(fn_address_in_block(there, owner), sum[e < SUMS ? e : 0], fn_address_in_block(barrier, owner));
         }
         if (thread % FN_WARP == 0) fn_barrier_expect(barrier, blocks * own * FN_WARP * (int)sizeof(float));
@@ -136,7 +137,8 @@ struct fn_fma_outputs {
             if (row >= to.rows || column >= to.columns) continue;
             float v = here[i][thread];
             if (to.bias)
-                v = fn_add(v, load_element(to.bias + row * to.bias_stride[0] + column * to.bias_stride[1], to.bias_dtype));
+                v = fn_add(v,
+                           load_element(to.bias + row * to.bias_stride[0] + column * to.bias_stride[1], to.bias_dtype));
             if (whole) here[i][thread] = v;
             else store_element(to.out + row * to.out_stride[0] + column * to.out_stride[1], v, to.out_dtype);
         }
