@@ -34,6 +34,7 @@ WIDTHS = "8|16|32|48|64|72|80|96|128|160|192|224"  # of warpgroup products
 PRODUCTS = {
     "mm_fma": r"fma\.rn\.f32",
     "mm_fma_few": r"fma\.rn\.f32",
+    "mm_fma_many_sm90a": r"fma\.rn\.f32",
     "mm_bf16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.bf16\.bf16\.f32",
     "mm_f16": r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.f16\.f16\.f32",
     "mm_hopper_bf16_sm90a": rf"wgmma\.mma_async\.sync\.aligned\.m64n(?:{WIDTHS})k16\.f32\.bf16\.bf16",
@@ -198,6 +199,16 @@ def test_few_tokens_move_16_bytes(gpu: str) -> None:
         assert fused % (17 * 4) == 0, f"{name}: {fused}: of a stage's 16 steps and of a single one, 4 lanes each"
 
 
+def test_many_rows_are_brought_by_the_copy_engine() -> None:
+    """No thread that multiplies reads memory but the bias; two reads of shared memory serve 16 multiply-adds."""
+    for name, kernel in kernels_of(build_c.ROOT / "csrc" / "cuda" / "mm_fma_many_sm90a.cu", "90a").items():
+        assert not kernel.count(r"cp\.async\.c[ag]"), name
+        assert kernel.count(r"cp\.async\.bulk\.tensor\.2d\.shared\S*") in (3, 4), name
+        wide, words = kernel.count(r"ld\.shared\.v2\.f32"), kernel.count(r"ld\.shared\.b32")
+        assert kernel.count(r"fma\.rn\.f32") == 8 * (wide + words), name
+        assert wide >= 7 * 8, f"{name}: {wide} reads of two lanes in the 4 steps of a stage and the 3 of a last one"
+
+
 def machine_code(binary: Path, *options: str) -> dict[str, str]:
     tool("nvdisasm")
     command = [tool("cuobjdump"), "-sass", *options, str(binary)]
@@ -234,7 +245,7 @@ def test_ptxas_adds_no_fused_operation(source: Path, gpu: str) -> None:
     assert root >= 5
     assert division >= 5
     code = machine_code(assemble(compile_ptx(source, gpu), gpu))
-    if source.stem in ("mm_fma", "mm_fma_few"):  # they consist of them
+    if source.stem in ("mm_fma", "mm_fma_few", "mm_fma_many_sm90a"):  # they consist of them
         return
     if source.name.endswith(build_cuda.ONLY_90A):
         assert all(re.search(r"\bHGMMA\b", text) for text in code.values())

@@ -190,6 +190,17 @@ def test_few_tokens(a_dtype: str, constant: bool) -> None:
             multiply(a_dtype, "float32", "dense", m, n, k, "constant" if constant else "")
 
 
+# Of csrc/cuda/mm_fma_many_sm90a.cu: tiles by clusters of 8, 4, 2 and 1, whole and not; more of them than fit at once.
+MANY = [(17, 256, 2056), (20, 40, 72), (128, 130, 1032), (250, 250, 2064), (500, 600, 1032), (1000, 1100, 136)]
+MANY += [(64, 256, 7168), (33, 2000, 264)]
+
+
+@pytest.mark.parametrize("a_dtype", DTYPES)
+def test_many_rows(a_dtype: str) -> None:
+    for m, n, k in MANY:
+        multiply(a_dtype, "float32", "dense", m, n, k)
+
+
 @pytest.mark.parametrize("dtype", [HALF, "float16"])
 def test_forced_products(dtype: str) -> None:
     for kernel in forced_products():
