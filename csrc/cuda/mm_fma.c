@@ -101,7 +101,7 @@ static void set_steps(fn_mm_fma_side *side, int tile_k, int cluster_bits) {
 
 static fn_status run_tiles(const fn_mm_plan *plan, const fn_mm_fma_kernel *kernel, const fn_cuda_properties *device,
                            fn_mm_fma_args *args) {
-    const int64_t tiles = fn_divide_up(args->to.rows, kernel->rows) * fn_divide_up(args->to.columns, kernel->columns);
+    const int64_t tiles = fn_fma_tiles(kernel, &args->to);
     static fn_cuda_devices allowed[FN_MM_FMA_KERNELS];
     FN_TRY(fn_cuda_allow_shared(&allowed[kernel - fn_mm_fma_kernels], plan->device_id, kernel->function,
                                 kernel->shared_bytes));

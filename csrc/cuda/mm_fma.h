@@ -145,6 +145,9 @@ fn_status fn_fma_many_warmup(const fn_cuda_properties *device);
 
 /* Rows of tiles are a's rows or, swapped, b's columns. */
 fn_fma_out fn_fma_result_of(const fn_mm_plan *plan, bool swapped);
+static inline int64_t fn_fma_tiles(const fn_mm_fma_kernel *kernel, const fn_fma_out *to) {
+    return fn_divide_up(to->rows, kernel->rows) * fn_divide_up(to->columns, kernel->columns);
+}
 void fn_fma_set_tiles(fn_fma_out *to, const fn_mm_fma_kernel *kernel, int cluster_bits);
 
 enum { FN_FMA_CLUSTER_SIZES = 4 };

@@ -31,10 +31,6 @@ typedef struct {
     int64_t tiles, at_once;
 } choice;
 
-static int64_t tiles_of(const fn_mm_fma_kernel *kernel, const fn_fma_out *to) {
-    return fn_divide_up(to->rows, kernel->rows) * fn_divide_up(to->columns, kernel->columns);
-}
-
 /* Thousandths of what a chunk takes a full multiprocessor: 13.6 us on an H200 for fp32, 15.8 for 16 bits. A block of the second
  * kernel has half of one, and is slower alone: of `beside` clusters each block has a multiprocessor. Of 28 shapes that were
  * measured in all kernels and clusters the chosen one was the fastest at 25, and took up to 2.5 % more at 3. */
@@ -67,7 +63,7 @@ static fn_status choose(const fn_mm_plan *plan, const fn_fma_out *to, fn_dtype d
     for (int bits = 0; bits < FN_FMA_CLUSTER_SIZES; bits++) {
         int64_t beside = 0;
         for (int kernel = 0; kernel < FN_FMA_MANY_KERNELS; kernel++) {
-            choice c = {kernel, bits, tiles_of(&fn_fma_many_kernels[dtype][kernel], to), 0};
+            choice c = {kernel, bits, fn_fma_tiles(&fn_fma_many_kernels[dtype][kernel], to), 0};
             FN_TRY(clusters_at_once(plan, dtype, kernel, bits, device, &c.at_once));
             if (kernel == 0) beside = c.at_once;
             if (c.at_once < 1) continue;

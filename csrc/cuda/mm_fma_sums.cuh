@@ -1,4 +1,4 @@
-/* mm_fma_sums.cuh: whose outputs are whose, and what becomes of their lanes, for mm_fma.cu and mm_fma_many.cuh.
+/* mm_fma_sums.cuh: whose outputs are whose, and what becomes of their lanes, for mm_fma.cu and mm_fma_many_sm90a.cu.
  *
  * The contract (csrc/cpu/mm_dtype_scalar.c) has 16 lanes for each output, so a warp holds 16 numbers for each: lane
  * pair p of 8 (lanes 2p and 2p + 1) belongs to the threads with threadIdx / 4 % 8 = p, the 4 threads of a pair have
