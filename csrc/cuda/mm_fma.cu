@@ -173,9 +173,13 @@ struct fn_mm_fma {
         }
         wait_for_copies<0>(); /* of nothing, into what would soon be another block's */
         let_dependents_start();
-        outputs::finish(a.to, shared.mail.room[(turn + 1) % 2],
-                        first.row + warp_row + row_share::part_of_place(row_place),
-                        first.column + warp_column + column_share::part_of_place(column_place), pair, rank, total);
+#if __CUDA_ARCH__ >= 1000 /* whose code has no register left to keep it in */
+        const fn_fma_tile at = fn_fma_tile_at<ROWS, COLUMNS>(a.to, blockIdx.x >> a.to.cluster_bits);
+#else
+        const fn_fma_tile at = first;
+#endif
+        outputs::finish(a.to, shared.mail.room[(turn + 1) % 2], at.row + warp_row + row_share::part_of_place(row_place),
+                        at.column + warp_column + column_share::part_of_place(column_place), pair, rank, total);
     }
 };
 
