@@ -7,6 +7,7 @@ around what the kernel for few rows takes. Rows that do not begin at multiples o
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import cuda_arrays
 import helpers
@@ -22,6 +23,8 @@ import fusednorm
 helpers.require_cuda()
 pytestmark = pytest.mark.usefixtures("cuda")
 
+Array = np.ndarray[Any, Any]
+
 ROWS = (16, 17, 31, 32, 33, 48, 64, 65, 100)
 COLUMNS = (17, 24, 32, 40, 63, 64, 65, 96, 130)
 STEPS = (1, 8, 15, 16, 17, 24, 32, 40, 48, 56, 64, 72, 88, 104, 120, 128)
@@ -29,8 +32,10 @@ CHUNKS = (1000, 1016, 1024, 1032, 1040, 1064, 1088, 2048, 2056, 2880, 7168, 8200
 # What an H200 takes: in fp32 tiles of 32 x 32 by clusters of 8, 4, 2 and 1; in 16 bits some of 32 x 64.
 CLUSTERS = [(17, 256, 7168), (128, 384, 7168), (250, 256, 7168), (1100, 250, 3080)]
 CLUSTERS += [(64, 250, 7160), (256, 127, 4096), (500, 1500, 2056), (250, 4090, 1032)]
-# More tiles than fit on the device at once: with and without clusters.
-ROUNDS = [(4101, 260, 1032), (2050, 900, 264), (600, 2050, 2056), (70, 20011, 136)]
+# More tiles than fit on the device at once: with and without clusters, whose blocks have several chunks, or none.
+ROUNDS = [(4101, 260, 1032), (2050, 900, 264), (600, 2050, 2056), (70, 20011, 136), (32, 992, 12296), (992, 32, 16392)]
+# That end within two lanes, a step and a unit of 16 bytes, which only rows apart may.
+ODD = (1, 3, 15, 17, 20, 47, 61, 65, 1001, 1023, 1025, 1090, 2063)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
@@ -47,6 +52,25 @@ def test_lengths(k: int, dtype: str) -> None:
             x, y = np.ascontiguousarray(b.T), np.ascontiguousarray(a).T
             given = None if bias is None else random_matrix(("bias", k, m), (1, m), "float32")[0]
             check(x, y, given, out_dtype, (n, m, k, "turned", dtype, out_dtype))
+
+
+def at_16_bytes(matrix: Array) -> Array:
+    """Its rows begin at multiples of 16 bytes; NaN lies between them."""
+    unit = 16 // matrix.itemsize
+    wide = np.full((len(matrix), -(-matrix.shape[1] // unit) * unit + unit), np.nan, matrix.dtype)
+    wide[:, : matrix.shape[1]] = matrix
+    return wide[:, : matrix.shape[1]]
+
+
+@each_dtype
+@pytest.mark.parametrize("k", ODD)
+def test_odd_lengths(k: int, dtype: str) -> None:
+    for m, n in itertools.product((17, 33, 100), (24, 65, 130)):
+        a, b, bias = operands(m, n, k, dtype, "normal", "odd")
+        check(at_16_bytes(a), at_16_bytes(b.T).T, bias, choice(DTYPES, "odd", m, n, k), (m, n, k, dtype))
+        least = {"float32": -1e-30, "bfloat16": -1e-30, "float16": -6e-8}[dtype]
+        a, b = np.full((m, k), least, np.float32).astype(dtype), np.full((n, k), 1e-40, np.float32)
+        check(at_16_bytes(a), at_16_bytes(b).T, None, "float32", (m, n, k, dtype, "sign of zero"))
 
 
 @each_dtype
@@ -120,3 +144,20 @@ def test_results(layout: str, dtype: str) -> None:
         given.download()
         assert_same_bits(np.ascontiguousarray(out), wanted, (m, n, k, layout, out_dtype))
         assert raw.tobytes() == place(wanted, layout)[1].tobytes(), (m, n, k, layout, out_dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_results_apart(out_dtype: str, dtype: str) -> None:
+    """Rows of out at multiples of 16 bytes, whose neighbours are written together; what lies between stays."""
+    for m, n, k in ((17, 40, 264), (64, 121, 1032), (130, 71, 72), (500, 1504, 2056)):
+        a, b, bias = operands(m, n, k, dtype, "normal", "apart")
+        wanted = on_cpu(a, b, bias, out_dtype)
+        out = at_16_bytes(np.full(wanted.shape, np.nan, wanted.dtype))
+        arrays = cuda_arrays.to_device({"a": a, "b": b, "out": out, **({} if bias is None else {"bias": bias})})
+        given = arrays.pop("out")
+        fusednorm.mm_dtype(**arrays, out=given)
+        given.download()
+        assert_same_bits(np.ascontiguousarray(out), wanted, (m, n, k, out_dtype))
+        root = cuda_arrays.root_of(out)
+        assert np.isnan(root[:, n:].astype(np.float32)).all(), (m, n, k, out_dtype)
