@@ -7,6 +7,7 @@ Lengths that are no whole number of 16 bytes, and layouts that are not along k, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import cuda_arrays
@@ -103,10 +104,9 @@ def test_the_sign_of_zero(k: int, dtype: str) -> None:
         check(-a, b, np.full(n, -0.0, np.float32), "bfloat16" if "bfloat16" in DTYPES else "float16", (m, n, k, "bias"))
 
 
-@each_dtype
-@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -0.0])
-def test_specials(value: float, dtype: str) -> None:
-    for m, n, k in ((1, 9, 1032), (3, 256, 7168), (16, 40, 2056)):
+def check_specials(shapes: Sequence[tuple[int, int, int]], value: float, dtype: str) -> None:
+    """One in a row of a and one in a column of b, at the first, a middle and the last k."""
+    for m, n, k in shapes:
         a, b, bias = operands(m, n, k, dtype, "normal", "specials")
         for at in (0, k // 2, k - 1):
             x, y = a.copy(), b.copy(order="F")
@@ -124,10 +124,9 @@ def test_specials(value: float, dtype: str) -> None:
             )
 
 
-@each_dtype
-def test_rows_apart(dtype: str) -> None:
+def check_rows_apart(shapes: Sequence[tuple[int, int, int]], dtype: str) -> None:
     """NaN between the rows: by 16 bytes, which the kernel takes, and by one element, which it does not."""
-    for (m, n, k), units in itertools.product(((1, 9, 1032), (5, 40, 2880), (16, 33, 264)), (0, 1, 3)):
+    for (m, n, k), units in itertools.product(shapes, (0, 1, 3)):
         a, b, bias = operands(m, n, k, dtype, "normal", "apart")
         placed = []
         for matrix in (a, b.T):
@@ -144,3 +143,14 @@ def test_rows_apart(dtype: str) -> None:
             "float32",
             (m, n, k, "broadcast"),
         )
+
+
+@each_dtype
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -0.0])
+def test_specials(value: float, dtype: str) -> None:
+    check_specials(((1, 9, 1032), (3, 256, 7168), (16, 40, 2056)), value, dtype)
+
+
+@each_dtype
+def test_rows_apart(dtype: str) -> None:
+    check_rows_apart(((1, 9, 1032), (5, 40, 2880), (16, 33, 264)), dtype)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import DTYPES, assert_same_bits
 from mm_cases import choice, random_matrix
-from test_cuda_mm_few import check, on_cpu, operands
+from test_cuda_mm_few import check, check_rows_apart, check_specials, on_cpu, operands
 from test_mm_layouts import LAYOUTS, place
 
 import fusednorm
@@ -97,37 +97,12 @@ def test_the_sign_of_zero(k: int, dtype: str) -> None:
 @each_dtype
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -0.0])
 def test_specials(value: float, dtype: str) -> None:
-    for m, n, k in ((20, 33, 1032), (33, 256, 7168), (70, 40, 2056)):
-        a, b, bias = operands(m, n, k, dtype, "normal", "specials")
-        for at in (0, k // 2, k - 1):
-            x, y = a.copy(), b.copy(order="F")
-            x[m // 2, at] = value
-            y[k - 1 - at, n // 3] = value
-            wanted = on_cpu(x, y, bias, "float32")
-            arrays = cuda_arrays.to_device({"a": x, "b": y})
-            given = {} if bias is None else {"bias": cuda_arrays.to_device({"": bias})[""]}
-            out = cuda_arrays.to_device({"": np.full((m, n), 7, np.float32)})[""]
-            fusednorm.mm_dtype(arrays["a"], arrays["b"], out=out, **given)
-            actual = np.array(out.download(), order="C")
-            assert (np.isnan(actual) == np.isnan(wanted)).all(), (m, n, k, at)
-            assert_same_bits(
-                np.where(np.isnan(actual), 0, actual), np.where(np.isnan(wanted), 0, wanted), (m, n, k, at)
-            )
+    check_specials(((20, 33, 1032), (33, 256, 7168), (70, 40, 2056)), value, dtype)
 
 
 @each_dtype
 def test_rows_apart(dtype: str) -> None:
-    """NaN between the rows: by 16 bytes, which the kernel takes, and by one element, which it does not."""
-    for (m, n, k), units in itertools.product(((20, 33, 1032), (50, 140, 2880), (130, 64, 264)), (0, 1, 3)):
-        a, b, bias = operands(m, n, k, dtype, "normal", "apart")
-        placed = []
-        for matrix in (a, b.T):
-            gap = units * 16 // matrix.itemsize if units < 3 else 1
-            wide = np.full((len(matrix), k + gap), np.nan, matrix.dtype)
-            wide[:, :k] = matrix
-            placed.append(wide[:, :k])
-        check(placed[0], placed[1].T, bias, "float32", (m, n, k, dtype, units))
-        check(placed[0][::-1], placed[1][::-1].T, bias, "float32", (m, n, k, dtype, units, "backwards"))
+    check_rows_apart(((20, 33, 1032), (50, 140, 2880), (130, 64, 264)), dtype)
 
 
 @each_dtype

@@ -93,11 +93,6 @@ FN_DEVICE uint32_t fn_address_in_block(uint32_t at, uint32_t rank) {
     return at;
 }
 
-/* To the same place in another block. */
-FN_DEVICE void fn_put_in_block(uint32_t at, uint32_t rank, float v) {
-    FN_CLUSTER_ASM("st.shared::cluster.f32 [%0], %1;" ::"r"(fn_address_in_block(at, rank)), "f"(v) : "memory");
-}
-
 /* Numbers on their way to another block; they count as bytes of that block's barrier. Both addresses are of that block. */
 FN_DEVICE void fn_send(uint32_t to, float v, uint32_t barrier) {
     FN_CLUSTER_ASM("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(to),
