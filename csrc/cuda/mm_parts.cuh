@@ -45,9 +45,7 @@ template <int COUNT> FN_DEVICE void fn_set_to_nothing(float sums[COUNT]) {
     for (int i = 0; i < COUNT; i++) sums[i] = -0.0f;
 }
 
-/* Of sums that products have just left. */
-template <int COUNT> FN_DEVICE void fn_add_to(float total[COUNT], float sums[COUNT]) {
-    fn_keep_sums<COUNT>(sums);
+template <int COUNT> FN_DEVICE void fn_add_to(float total[COUNT], const float sums[COUNT]) {
 #pragma unroll
     for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sums[i]);
 }
@@ -65,49 +63,57 @@ FN_DEVICE void fn_multiply(const fn_ring &ring, const fn_ring_position &now, flo
     fn_products_commit();
 }
 
-/* They are done, and their stage is free. */
-template <typename S> FN_DEVICE void fn_finish_block(const fn_ring &ring, fn_ring_position &now, int lane) {
-    fn_products_wait<0>();
-    if (lane == 0) fn_barrier_arrive(ring.drained + 8 * now.stage);
-    fn_ring_next<S>(now);
+/* The sums of the next chunk, of at least one block of k, which ends at block `end` or earlier. Products of the next block queue
+ * while those of the last are at work; a stage is free when its products are done.
+ *
+ * The tensor core must not be kept waiting for an addition, and ptxas makes it wait for every product where it cannot see that
+ * nothing touches sums between their first product and their last (its remark C7514): hence no loop that may have no turn, and
+ * no place where sums may come from products or from elsewhere. */
+template <typename S, fn_dtype IN>
+FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end, int lane, float chunk[S::COLUMNS / 2]) {
+    const int chunk_end = min(end, now.block + FN_MM_GATE_CHUNK / FN_MM_TILE_K);
+    uint32_t go_on = 0;
+    do {
+        fn_multiply<S, IN>(ring, now, chunk, go_on);
+        fn_products_wait<S::QUEUE>();
+        if (lane == 0 && (go_on || !S::QUEUE))
+            fn_barrier_arrive(ring.drained + 8 * (S::QUEUE ? now.previous : now.stage));
+        fn_ring_next<S>(now);
+        go_on = 1;
+    } while (now.block < chunk_end);
+    if constexpr (S::QUEUE) {
+        fn_products_wait<0>();
+        if (lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
+    }
+    fn_keep_sums<S::COLUMNS / 2>(chunk);
 }
 
-/* sum = that of the k up to block `end`, a part: its chunks' sums, added up. */
+/* sum = that of the k up to block `end`, the rest of a part and at least one block: its chunks' sums, added up. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::COLUMNS / 2]) {
-    constexpr int CHUNK = FN_MM_GATE_CHUNK / FN_MM_TILE_K, COUNT = S::COLUMNS / 2;
-    float chunk[COUNT];
-    fn_set_to_nothing<COUNT>(sum);
+    constexpr int COUNT = S::COLUMNS / 2;
+    fn_sum_chunk<S, IN>(ring, now, end, lane, sum);
     while (now.block < end) {
-        const int chunk_end = min(end, now.block + CHUNK);
-        /* Nothing in this loop reads the sums: else the compiler would wait for the products at each of its turns. */
-        for (uint32_t before = 0; now.block < chunk_end; before = 1) {
-            fn_multiply<S, IN>(ring, now, chunk, before);
-            if constexpr (S::GROUPS > 1) {
-                fn_finish_block<S>(ring, now, lane);
-            } else { /* alone, a warpgroup queues its next products before the last ones end */
-                fn_products_wait<1>();
-                if (now.block && lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
-                fn_ring_next<S>(now);
-            }
-        }
-        if (S::GROUPS == 1) fn_products_wait<0>();
+        float chunk[COUNT];
+        fn_sum_chunk<S, IN>(ring, now, end, lane, chunk);
         fn_add_to<COUNT>(sum, chunk);
     }
 }
 
-/* total = the sum of half of the parts, of part_blocks each, the next of which ends at block `part_end`, the last at `end`. */
+/* total = the sum of half of the parts, of part_blocks each, the next of which ends at block `part_end`, the last at `end`; at
+ * least one block. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_half(const fn_ring &ring, fn_ring_position &now, int part_blocks, int part_end, int end, int lane,
                            float total[S::COLUMNS / 2]) {
     constexpr int COUNT = S::COLUMNS / 2;
-    fn_set_to_nothing<COUNT>(total);
+    fn_sum_part<S, IN>(ring, now, min(end, part_end), lane, total);
 #pragma unroll 1
-    for (int part = 0; part < FN_MM_GATE_PARTS / 2; part++, part_end += part_blocks) {
+    for (int part = 1; part < FN_MM_GATE_PARTS / 2; part++) {
         float sum[COUNT];
+        if (now.block >= end) break;
+        part_end += part_blocks;
         fn_sum_part<S, IN>(ring, now, min(end, part_end), lane, sum);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) total[i] = fn_add(total[i], sum[i]);
+        fn_add_to<COUNT>(total, sum);
     }
 }
 

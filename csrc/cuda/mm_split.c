@@ -9,20 +9,20 @@
  * of the shapes. */
 static double round_of(const fn_mm_split_kernel *kernel, int loaded, uint32_t part_tiles, uint32_t k_tiles,
                        uint32_t blocks, uint32_t usable) {
-    const double start = 1450; /* a launch, and what comes first */
+    const double start = 1400; /* a launch, and what comes first */
     /* Where two blocks fit on a multiprocessor the next kernel's come early, and are in the way of more than half a
      * device's. */
-    const double crowded = kernel->resident > 1 && 2.0 * blocks > 1.1 * usable ? 1.4 : 1;
+    const double crowded = kernel->resident > 1 && 2.0 * blocks > 1.1 * usable ? 1.6 : 1;
     /* What a multiprocessor does in a nanosecond: bytes of operands that arrive, bytes of sums that it sends or keeps,
      * products of a weight with a token, FN_MM_TILE_K long; and bytes of operands that leave L2. */
-    const double operands = 136, sums = 29, products = 35, l2 = 10500;
+    const double operands = 137, sums = 32, products = 33.5, l2 = 13400;
     const uint32_t parts = FN_MM_GATE_PARTS / (uint32_t)kernel->cluster, each = (blocks + usable - 1) / usable;
     const double tiles = parts * part_tiles < k_tiles ? parts * part_tiles : k_tiles; /* of the busiest block */
     const double cells = (double)kernel->tokens * kernel->weights;
     const double bytes = tiles * FN_ATOM_BYTES * loaded;
     /* Sums that a block sends to others, or keeps for later, in tiles, as fitted. Of 2 parts half of the blocks send
      * both, one while the other is added up; of 8 they go to its own shared memory, which costs little. */
-    const double sent = parts == 8 ? 0.15 : parts == 4 ? 1.1 : parts == 2 ? 1.3 : 1;
+    const double sent = parts == 8 ? 0.4 : parts == 4 ? 0.9 : parts == 2 ? 1.2 : 1;
     double time = each * bytes / operands;
     if (time < blocks * bytes / l2) time = blocks * bytes / l2;
     if (time < each * tiles * cells / products) time = each * tiles * cells / products;

@@ -93,23 +93,31 @@ template <typename S, fn_dtype IN>
 FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, int part_blocks, int end, int rank,
                                 int lane) {
     constexpr int COUNT = S::COLUMNS / 2;
+    constexpr bool PAIR = S::PARTS == 2;
+    const bool apart = PAIR && rank % 2; /* the half's other block has what comes before: two parts, added one by one */
+    const int which = PAIR ? rank / 2 * 3 + rank % 2 : rank;
     fn_ring_position now = fn_ring_begin<S>(0);
-    float sum[COUNT];
-    if constexpr (S::PARTS == 2) {
-        float first[COUNT];
-        fn_sum_part<S, IN>(ring, now, min(end, part_blocks), lane, first);
-        if (rank % 2) { /* the half's other block has what comes before: these are added one by one */
-            fn_split_send<S>(at, rank / 2 * 3 + 1, first);
-            fn_set_to_nothing<COUNT>(first);
+    float sum[COUNT], nothing[COUNT];
+    fn_set_to_nothing<COUNT>(nothing);
+    if (end <= 0) {
+        fn_split_send<S>(at, which, nothing);
+        if (apart) fn_split_send<S>(at, which + 1, nothing);
+    } else if constexpr (PAIR) {
+        const bool both = end > part_blocks;
+        fn_sum_part<S, IN>(ring, now, min(end, part_blocks), lane, sum);
+        if (apart || !both) fn_split_send<S>(at, which, sum);
+        if (both) {
+            float second[COUNT];
+            fn_sum_part<S, IN>(ring, now, end, lane, second);
+            if (!apart) fn_add_to<COUNT>(second, sum); 
+            fn_split_send<S>(at, which + apart, second);
+        } else if (apart) {
+            fn_split_send<S>(at, which + 1, nothing);
         }
-        fn_sum_part<S, IN>(ring, now, end, lane, sum);
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) sum[i] = fn_add(first[i], sum[i]);
-        fn_split_send<S>(at, rank / 2 * 3 + rank % 2 * 2, sum);
     } else {
         if constexpr (S::PARTS == 1) fn_sum_part<S, IN>(ring, now, end, lane, sum);
         else fn_sum_half<S, IN>(ring, now, part_blocks, part_blocks, end, lane, sum);
-        fn_split_send<S>(at, rank, sum);
+        fn_split_send<S>(at, which, sum);
     }
 }
 
@@ -229,8 +237,8 @@ using fn_split_128x128_by8 = fn_split_shape<2, 128, 5, 8, 1>;
 using fn_split_128x72_by4 = fn_split_shape<2, 72, 6, 4, 1>;
 using fn_split_80x128_by4 = fn_split_shape<2, 80, 5, 4, 1, true>;
 using fn_split_128x64_by2 = fn_split_shape<2, 64, 7, 2, 1>;
-using fn_split_192x64_by2 = fn_split_shape<3, 64, 5, 2, 1>;
-using fn_split_80x128_by2 = fn_split_shape<2, 80, 7, 2, 1, true>;
+using fn_split_96x64_by2 = fn_split_shape<1, 96, 8, 2, 1, true>;
+using fn_split_96x64_by1 = fn_split_shape<1, 96, 9, 1, 1, true>;
 using fn_split_64x128_by1 = fn_split_shape<2, 64, 8, 1, 1, true, 9>;
 using fn_split_80x128_by1 = fn_split_shape<2, 80, 7, 1, 1, true, 8>;
 using fn_split_96x128_by1 = fn_split_shape<2, 96, 6, 1, 1, true, 8>;
@@ -243,7 +251,7 @@ using fn_split_128x128_by1 = fn_split_shape<2, 128, 5, 1, 1, true, 7>;
     {FN_SPLIT(D, fn_split_64x16_by8)}, {FN_SPLIT(D, fn_split_64x32_by8)}, {FN_SPLIT(D, fn_split_48x64_by8)},           \
         {FN_SPLIT(D, fn_split_64x64_by8)}, {FN_SPLIT(D, fn_split_128x64_by8)}, {FN_SPLIT(D, fn_split_128x128_by8)},    \
         {FN_SPLIT(D, fn_split_128x72_by4)}, {FN_SPLIT(D, fn_split_80x128_by4)}, {FN_SPLIT(D, fn_split_128x64_by2)},    \
-        {FN_SPLIT(D, fn_split_192x64_by2)}, {FN_SPLIT(D, fn_split_80x128_by2)}, {FN_SPLIT(D, fn_split_64x128_by1)},    \
+        {FN_SPLIT(D, fn_split_96x64_by2)}, {FN_SPLIT(D, fn_split_96x64_by1)}, {FN_SPLIT(D, fn_split_64x128_by1)},    \
         {FN_SPLIT(D, fn_split_80x128_by1)}, {FN_SPLIT(D, fn_split_96x128_by1)}, {                                      \
         FN_SPLIT(D, fn_split_128x128_by1)                                                                              \
     }
