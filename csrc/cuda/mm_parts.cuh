@@ -63,14 +63,15 @@ FN_DEVICE void fn_multiply(const fn_ring &ring, const fn_ring_position &now, flo
     fn_products_commit();
 }
 
-/* The sums of the next chunk, of at least one block of k, which ends at block `end` or earlier. Products of the next block queue
- * while those of the last are at work; a stage is free when its products are done.
+/* The sums of the next chunk, of at least one block of k, which ends at block `end` or earlier. A stage is free when its products
+ * are done.
  *
- * The tensor core must not be kept waiting for an addition, and ptxas makes it wait for every product where it cannot see that
- * nothing touches sums between their first product and their last (its remark C7514): hence no loop that may have no turn, and
- * no place where sums may come from products or from elsewhere. */
+ * ptxas has each product waited for by itself where it cannot see that nothing else touches the sums between the first and the
+ * last (its remark C7514): hence no loop that may have no turn, here and below, and no sums that come from products or from
+ * elsewhere. */
 template <typename S, fn_dtype IN>
-FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end, int lane, float chunk[S::COLUMNS / 2]) {
+FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end, int lane,
+                            float chunk[S::COLUMNS / 2]) {
     const int chunk_end = min(end, now.block + FN_MM_GATE_CHUNK / FN_MM_TILE_K);
     uint32_t go_on = 0;
     do {
@@ -88,7 +89,8 @@ FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end,
     fn_keep_sums<S::COLUMNS / 2>(chunk);
 }
 
-/* sum = that of the k up to block `end`, the rest of a part and at least one block: its chunks' sums, added up. */
+/* sum = that of the k up to block `end`, the rest of a part and at least one block: its chunks' sums, added up. The first ones are
+ * the products' own: on an H200 4096 x 256 x 7168 took 29.9 us where they were added to nothing, 28.3 so, 27.6 with the queue. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_part(const fn_ring &ring, fn_ring_position &now, int end, int lane, float sum[S::COLUMNS / 2]) {
     constexpr int COUNT = S::COLUMNS / 2;

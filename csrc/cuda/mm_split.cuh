@@ -109,7 +109,7 @@ FN_DEVICE void fn_split_consume(const fn_ring &ring, const fn_split_memory &at, 
         if (both) {
             float second[COUNT];
             fn_sum_part<S, IN>(ring, now, end, lane, second);
-            if (!apart) fn_add_to<COUNT>(second, sum); 
+            if (!apart) fn_add_to<COUNT>(second, sum);
             fn_split_send<S>(at, which + apart, second);
         } else if (apart) {
             fn_split_send<S>(at, which + 1, nothing);
@@ -251,7 +251,7 @@ using fn_split_128x128_by1 = fn_split_shape<2, 128, 5, 1, 1, true, 7>;
     {FN_SPLIT(D, fn_split_64x16_by8)}, {FN_SPLIT(D, fn_split_64x32_by8)}, {FN_SPLIT(D, fn_split_48x64_by8)},           \
         {FN_SPLIT(D, fn_split_64x64_by8)}, {FN_SPLIT(D, fn_split_128x64_by8)}, {FN_SPLIT(D, fn_split_128x128_by8)},    \
         {FN_SPLIT(D, fn_split_128x72_by4)}, {FN_SPLIT(D, fn_split_80x128_by4)}, {FN_SPLIT(D, fn_split_128x64_by2)},    \
-        {FN_SPLIT(D, fn_split_96x64_by2)}, {FN_SPLIT(D, fn_split_96x64_by1)}, {FN_SPLIT(D, fn_split_64x128_by1)},    \
+        {FN_SPLIT(D, fn_split_96x64_by2)}, {FN_SPLIT(D, fn_split_96x64_by1)}, {FN_SPLIT(D, fn_split_64x128_by1)},      \
         {FN_SPLIT(D, fn_split_80x128_by1)}, {FN_SPLIT(D, fn_split_96x128_by1)}, {                                      \
         FN_SPLIT(D, fn_split_128x128_by1)                                                                              \
     }

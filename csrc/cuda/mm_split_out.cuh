@@ -22,7 +22,7 @@ struct fn_split_shape {
     static constexpr bool MANY_REGISTERS = PARTS > 1 && RESIDENT == 1;
     static constexpr int REGISTERS = 240, PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMERS = FN_WARPGROUP * GROUPS, THREADS = CONSUMERS + (MANY_REGISTERS ? FN_WARPGROUP : 32);
-    /* Products of two blocks of k queue, where the ring can spare the stage. */
+    /* A warpgroup queues the next block's products while the last one's are at work, where the ring can spare a stage. */
     static constexpr bool QUEUE = STAGES > 3;
     static constexpr int ROWS_BYTES = ROWS * FN_ATOM_BYTES, STAGE_BYTES = ROWS_BYTES + COLUMNS * FN_ATOM_BYTES;
     static constexpr int UNITS = COLUMNS / 8, UNIT = 32 * (int)sizeof(float4); /* bytes of one, of a warp */
