@@ -67,8 +67,8 @@ FN_DEVICE void fn_multiply(const fn_ring &ring, const fn_ring_position &now, flo
  * are done.
  *
  * ptxas has each product waited for by itself where it cannot see that nothing else touches the sums between the first and the
- * last (its remark C7514): hence no loop that may have no turn, here and below, and no sums that come from products or from
- * elsewhere. */
+ * last (its remark C7514): hence no loop of products that may have no turn, here and below, and no sums that come from products or
+ * from elsewhere. */
 template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end, int lane,
                             float chunk[S::COLUMNS / 2]) {

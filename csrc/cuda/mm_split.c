@@ -5,8 +5,8 @@
 
 /* Nanoseconds, nearly, that `blocks` take side by side, on the `usable` multiprocessors that clusters of them can have;
  * what is loaded for a tile: `loaded` rows. The constants fit what was measured on an H200 (15 kernels, 125 shapes;
- * times within 9 % in the mean): the chosen kernel takes 0.6 % more than the fastest in the mean, 5 to 19 % more at 5
- * of the shapes. */
+ * times within 9 % in the mean): the chosen kernel takes 0.6 % more than the fastest in the mean, 5 to 26 % more at 5
+ * of the shapes (the most at 384 x 7168, M 128 and 160, where a kernel takes now 5.4 us and now 6.8). */
 static double round_of(const fn_mm_split_kernel *kernel, int loaded, uint32_t part_tiles, uint32_t k_tiles,
                        uint32_t blocks, uint32_t usable) {
     const double start = 1460; /* a launch, and what comes first */

@@ -18,7 +18,7 @@ struct fn_split_shape {
     static constexpr bool SHARE_TOKENS = TOKENS_FIRST && BLOCKS < 4;
     static constexpr int ROWS = 64 * GROUPS, PARTS = FN_MM_GATE_PARTS / BLOCKS;
     static constexpr int TOKENS = TOKENS_FIRST ? ROWS : COLUMNS, WEIGHTS = TOKENS_FIRST ? COLUMNS : ROWS;
-    /* More registers than all threads could have: then the producer is a warpgroup, which gives its own. */
+    /* With two warpgroups more registers than all threads could have: the producer is a warpgroup, too, and gives its own. */
     static constexpr bool MANY_REGISTERS = PARTS > 1 && RESIDENT == 1;
     static constexpr int REGISTERS = 240, PRODUCER_REGISTERS = 24;
     static constexpr int CONSUMERS = FN_WARPGROUP * GROUPS, THREADS = CONSUMERS + (MANY_REGISTERS ? FN_WARPGROUP : 32);
