@@ -19,19 +19,18 @@ typedef struct {
 
 typedef struct {
     int block; /* of k, counted from the first of this block's */
-    uint32_t stage, parity, previous;
+    uint32_t stage, parity;
     uint32_t stages;  /* of this round */
     int fewer_stages; /* the block of k from which on a round has STAGES: where one begins */
 } fn_ring_position;
 
 /* The ring has FIRST_STAGES as long as whole rounds of them fit into `blocks` blocks of k, then STAGES. */
 template <typename S> FN_DEVICE fn_ring_position fn_ring_begin(int blocks) {
-    return {0, 0, 0, 0, S::FIRST_STAGES, blocks / S::FIRST_STAGES * S::FIRST_STAGES};
+    return {0, 0, 0, S::FIRST_STAGES, blocks / S::FIRST_STAGES * S::FIRST_STAGES};
 }
 
 template <typename S> FN_DEVICE void fn_ring_next(fn_ring_position &now) {
     now.block++;
-    now.previous = now.stage;
     const uint32_t stages = S::FIRST_STAGES == S::STAGES ? S::STAGES : now.stages;
     if (++now.stage < stages) return;
     now.stage = 0;
@@ -73,18 +72,18 @@ template <typename S, fn_dtype IN>
 FN_DEVICE void fn_sum_chunk(const fn_ring &ring, fn_ring_position &now, int end, int lane,
                             float chunk[S::COLUMNS / 2]) {
     const int chunk_end = min(end, now.block + FN_MM_GATE_CHUNK / FN_MM_TILE_K);
-    uint32_t go_on = 0;
+    uint32_t go_on = 0, last = 0;
     do {
         fn_multiply<S, IN>(ring, now, chunk, go_on);
         fn_products_wait<S::QUEUE>();
-        if (lane == 0 && (go_on || !S::QUEUE))
-            fn_barrier_arrive(ring.drained + 8 * (S::QUEUE ? now.previous : now.stage));
+        if (lane == 0 && (go_on || !S::QUEUE)) fn_barrier_arrive(ring.drained + 8 * (S::QUEUE ? last : now.stage));
+        last = now.stage;
         fn_ring_next<S>(now);
         go_on = 1;
     } while (now.block < chunk_end);
     if constexpr (S::QUEUE) {
         fn_products_wait<0>();
-        if (lane == 0) fn_barrier_arrive(ring.drained + 8 * now.previous);
+        if (lane == 0) fn_barrier_arrive(ring.drained + 8 * last);
     }
     fn_keep_sums<S::COLUMNS / 2>(chunk);
 }
